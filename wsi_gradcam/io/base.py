@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from zarr.abc.store import Store
 
 UPDATE_PATIENCE_S = 120.0
-MAX_READ_BYTES = 1 << 29  # of a file that is read at once, where nothing tighter is known
-SMALL_BYTES = 1 << 26  # of one in JSON, which takes twenty times as much memory as it has bytes
+MAX_READ_BYTES = 1 << 29  # of a file that is read whole, if no tighter limit is known
+SMALL_BYTES = 1 << 26  # of a JSON file, which takes twenty times its size in memory
 
 
 class StoragePath(ABC):
-    """A file or folder. Folders need not be made, and one without files is as good as none.
+    """A file or folder. Folders need not be created, and one without files counts as none.
 
-    Whatever writes raises a `StoreError` that names the path and the mend; so does what reads, where no
-    `FileNotFoundError` is promised. Paths can be pickled, compared and used as keys.
+    All methods that write raise a `StoreError` that names the path and the remedy; so do those that read, except where
+    a `FileNotFoundError` is promised. Paths can be pickled, compared and used as keys.
     """
 
     @property
@@ -49,7 +49,7 @@ class StoragePath(ABC):
 
     @abstractmethod
     def absolute(self) -> Self:
-        """Return the same path for a process with another working directory."""
+        """Return the same path for a process with a different working directory."""
 
     @abstractmethod
     def read(self, most: int = MAX_READ_BYTES) -> bytes:
@@ -57,11 +57,11 @@ class StoragePath(ABC):
 
         Raises:
             FileNotFoundError: there is no such file.
-            StoreError: it has more than `most` bytes: results may be a stranger's.
+            StoreError: it has more than `most` bytes: results may be untrusted.
         """
 
     def check_size(self, size: int, most: int) -> None:
-        """Raise a StoreError where a file of `size` bytes is larger than any that we write there."""
+        """Raise a StoreError if a file of `size` bytes is larger than any that we write there."""
         if size > most:
             raise StoreError(
                 f"{self}: {size:,} bytes, expected at most {most:,}; it is damaged, or wsi_gradcam did not write it"
@@ -69,7 +69,7 @@ class StoragePath(ABC):
 
     @abstractmethod
     def read_range(self, start: int, count: int) -> bytes:
-        """Return `count` bytes of the file from `start` on, fewer where it ends before.
+        """Return `count` bytes of the file from `start` on, fewer if it ends before.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -93,7 +93,7 @@ class StoragePath(ABC):
 
     @abstractmethod
     def modified(self) -> float:
-        """Return when the file was written last, in seconds since 1970.
+        """Return when the file was last written, in seconds since 1970.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -121,11 +121,11 @@ class StoragePath(ABC):
 
     @abstractmethod
     def all_files(self) -> list[str]:
-        """Return the names of all files in this folder and below it, from here and with /, sorted."""
+        """Return the names of all files in this folder and below it, relative to it and with /, sorted."""
 
     @abstractmethod
     def write(self, data: bytes) -> None:
-        """Replace the file atomically: readers see all of `data` or what was there before."""
+        """Replace the file atomically: readers see all of `data` or the previous content."""
 
     @abstractmethod
     def create(self, data: bytes) -> bool:
@@ -137,7 +137,7 @@ class StoragePath(ABC):
 
     @abstractmethod
     def atomic_writer(self) -> AbstractContextManager[BinaryIO]:
-        """Open a stream whose bytes become the file when the context ends well; else the file is unchanged."""
+        """Open a stream whose bytes become the file if the context ends without an error; otherwise it stays as is."""
 
     @abstractmethod
     def remove(self) -> None:
@@ -149,7 +149,7 @@ class StoragePath(ABC):
 
     @abstractmethod
     def remove_files(self, made: re.Pattern[str]) -> None:
-        """Delete the files below whose whole path from here, with slashes, matches; and folders that are then empty."""
+        """Delete the files below whose path from here, with slashes, matches, and folders then left empty."""
 
     @abstractmethod
     def remove_partial_files(self, recursive: bool = True) -> None:
@@ -177,13 +177,13 @@ class StoragePath(ABC):
         """Turn errors that zarr raises while it writes below this path into a `StoreError`."""
 
     def update(self, change: Callable[[bytes | None], bytes | None]) -> None:
-        """Replace the file's contents by `change(contents)` such that no concurrent update is lost.
+        """Replace the file's contents by `change(contents)` in such a way that no concurrent update is lost.
 
-        `change` gets None where there is no file, and returns None to leave it as it is. It is called again with
-        the new contents when another process has written in between.
+        `change` is given None if there is no file, and returns None to leave the file as it is. It is called again with
+        the new contents if another process has written in between.
 
         Raises:
-            StoreError: the file cannot be written, or other processes were always faster.
+            StoreError: the file cannot be written, or other processes were faster every time.
         """
         for delay in retry_delays(UPDATE_PATIENCE_S):
             if self._try_update(change):

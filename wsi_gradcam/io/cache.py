@@ -1,4 +1,4 @@
-"""Bounded caches that threads share: `Cache` for values, `ResourcePool` for what must be closed."""
+"""Bounded caches that threads share: `Cache` for values, `ResourcePool` for things that must be closed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def _count(value: object) -> int:
 
 
 class Cache(Generic[K, V]):
-    """The most recently used values, up to `maxsize` of them, or up to that sum of their sizes by `getsizeof`.
+    """A cache of the most recently used values: up to `maxsize` of them, or of their sizes by `getsizeof` in all.
 
-    Thread-safe; concurrent callers of one key share one computation. Values are shared, too: don't write to them.
-    One that is larger than the whole cache is returned, but not kept.
+    Thread-safe; concurrent callers with the same key share one computation. Values are shared too: do not modify them.
+    A value that is larger than the whole cache is returned, but not kept.
     """
 
     def __init__(self, maxsize: float, getsizeof: Callable[[V], float] = _count) -> None:
@@ -39,14 +39,14 @@ class Cache(Generic[K, V]):
     def get(self, key: K, make: Callable[[], V]) -> V:
         """Return the value of `key`, computed by `make` if it is missing.
 
-        An exception of `make` is raised in all threads that wait for the value, and is not kept.
+        An exception from `make` is raised in all threads that wait for the value, and is not kept.
         """
         return self.get_many([key], lambda _: [make()])[0]
 
     def get_many(self, keys: Sequence[K], make: Callable[[list[K]], Sequence[V | Exception]]) -> list[V]:
         """Return the values of `keys`, the missing ones computed in one call of `make`.
 
-        `make` returns for each of its keys the value, or an exception, which is raised here and in all threads that
+        For each of its keys, `make` returns the value or an exception, which is raised here and in all threads that
         wait for that value, and is not kept. An exception that it raises counts for all its keys.
         """
         found: dict[K, V | Exception] = {}
@@ -63,7 +63,7 @@ class Cache(Generic[K, V]):
                     own = own or Future()
                     self._pending[key] = own
                     claimed.append(key)
-        # All that this thread has claimed is computed before it waits for others: none waits for one that waits.
+        # A thread computes all that it has claimed before it waits for others: no thread waits for one that waits.
         if own is not None:
             found |= self._make(claimed, own, make)
         for key, future in pending.items():
@@ -71,12 +71,12 @@ class Cache(Generic[K, V]):
         return [_raised(found[key]) for key in keys]
 
     def peek(self, key: K) -> V | None:
-        """Return the value of `key`, None where it is missing."""
+        """Return the value of `key`, None if it is missing."""
         with self._lock:
             return self._values.get(key)
 
     def put(self, key: K, value: V) -> None:
-        """Keep a value, in place of the key's former one."""
+        """Keep a value, replacing the key's previous one."""
         with self._lock:
             self._keep(key, value)
 
@@ -91,7 +91,7 @@ class Cache(Generic[K, V]):
         future: Future[dict[K, V | Exception]],
         make: Callable[[list[K]], Sequence[V | Exception]],
     ) -> dict[K, V | Exception]:
-        """Return the claimed values or their errors, which are told to all who wait for the future."""
+        """Return the claimed values or their errors, which are passed on to all that wait for the future."""
         try:
             made = dict(zip(claimed, make(claimed.copy()), strict=True))
         except BaseException as error:
@@ -114,7 +114,7 @@ class Cache(Generic[K, V]):
 
 
 def _raised(value: V | Exception) -> V:
-    """Return a value; an exception is raised."""
+    """Return a value, or raise it if it is an exception."""
     if isinstance(value, Exception):
         raise value
     return value
@@ -130,7 +130,7 @@ class _Shared(Generic[V]):
 
 
 class ResourcePool(Generic[K, V]):
-    """Open resources that threads share; idle ones stay open while no more than `maxsize` are open in all.
+    """Open resources that threads share; idle ones stay open as long as no more than `maxsize` are open in all.
 
     The idle ones are closed in the order of their last use; those in use never are, even if they exceed `maxsize`.
     """
@@ -144,14 +144,14 @@ class ResourcePool(Generic[K, V]):
 
     @contextmanager
     def borrow(self, key: K, open_: Callable[[], V]) -> Iterator[V]:
-        """Give the resource of `key`, opened by `open_` if it is not; it stays open until the context ends."""
+        """Provide the resource of `key`, opened by `open_` if needed; it stays open until the context ends."""
         with self._lock:
             if key not in self._in_use:
                 self._in_use[key] = _Shared(self._idle.pop(key, None))
             shared = self._in_use[key]
             shared.users += 1
         try:
-            self._close_idle(self._maxsize)  # before another is opened
+            self._close_idle(self._maxsize)  # closed before another is opened
             with shared.lock:
                 if shared.value is None:
                     shared.value = open_()

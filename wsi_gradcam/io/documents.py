@@ -1,8 +1,8 @@
-"""YAML, JSON and ZIP that strangers may have written, read within bounds of size, depth and number; cells of CSV.
+"""Untrusted YAML, JSON and ZIP, read within limits on size, depth and number; and CSV cells.
 
-YAML goes through its safe loader, in C where that is installed. Aliases are what lets a kilobyte stand for gigabytes,
-so they are refused, and merge keys with them; `run.yaml` of older versions may have some, within the bounds of what
-they stand for.
+YAML goes through the safe loader, in C if that is installed. With aliases, a kilobyte can stand for gigabytes, so they
+are refused, and so are merge keys; a `run.yaml` of an older version may have some, within limits on what they stand
+for.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ MAX_DEPTH = 50
 MAX_DIGITS = 40
 MAX_TEXT = MAX_BYTES  # characters that all aliases of a document stand for
 MERGE = "tag:yaml.org,2002:merge"
-# What constructors raise for values such as the date 2026-99-99 or `!!bool 7`.
+# The errors that constructors raise for values such as the date 2026-99-99 or `!!bool 7`.
 _WRONG_VALUES = (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """The safe loader, with every key once, no merge keys, and no number that takes long to convert."""
+    """The safe loader, with unique keys, no merge keys, and no number that takes long to convert."""
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
         seen: set[Hashable] = set()
@@ -57,7 +57,7 @@ for _tag, _constructor in (("int", _Loader.construct_yaml_int), ("float", _Loade
 
 
 class _Dumper(yaml.SafeDumper):
-    """The safe dumper, without aliases for what is there twice."""
+    """The safe dumper, without aliases for values that occur twice."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -73,10 +73,10 @@ def read_yaml(data: bytes, aliases: bool = False) -> Any:
     """Return the value of a YAML document, in a time that is linear in its size.
 
     Args:
-        aliases: take anchors and aliases, as long as what they stand for is no larger than a document may be.
+        aliases: accept anchors and aliases, as long as what they stand for is no larger than a document may be.
 
     Raises:
-        DocumentError: it is none, is too large or too deep, or has what is not read.
+        DocumentError: it is not YAML, is too large or too deep, or contains something that is not supported.
     """
     if len(data) > MAX_BYTES:
         raise DocumentError(f"larger than {MAX_BYTES >> 20} MiB")
@@ -91,12 +91,12 @@ def read_yaml(data: bytes, aliases: bool = False) -> Any:
 
 
 def _check_events(text: str, aliases: bool) -> None:
-    """Refuse what is too deep, and aliases; nothing is built of the document yet.
+    """Refuse aliases and excessive depth, before anything is built from the document.
 
-    An alias counts for as much text as stands below its anchor, aliases in there included.
+    An alias counts for as much text as is below its anchor, including aliases there.
     """
     size = copied = 0
-    started: list[tuple[str | None, int]] = []  # the anchors of the open nodes, and how much text stood before them
+    started: list[tuple[str | None, int]] = []  # the anchors of the open nodes, and how much text came before them
     sizes: dict[str | None, int] = {}
     for event in yaml.parse(text, _Loader):
         anchor = getattr(event, "anchor", None)
@@ -108,7 +108,7 @@ def _check_events(text: str, aliases: bool) -> None:
             if copied > MAX_TEXT:
                 raise _refused(event, "its aliases expand to too much; write the values out")
         elif isinstance(event, yaml.ScalarEvent):
-            event.value.encode()  # half a surrogate pair cannot be written anywhere
+            event.value.encode()  # half of a surrogate pair cannot be written anywhere
             size += len(event.value) + 1
             sizes[anchor] = len(event.value) + 1
         elif isinstance(event, yaml.CollectionStartEvent):
@@ -135,7 +135,7 @@ def read_json(data: bytes | str) -> Any:
     """Return the value of a JSON document.
 
     Raises:
-        DocumentError: it is none, too deep, or has a number of too many digits.
+        DocumentError: it is not JSON, is too deep, or has a number with too many digits.
     """
     try:
         value = json.loads(data, parse_int=_integer)
@@ -175,13 +175,13 @@ def _check_depth(value: Any) -> None:
     raise DocumentError(f"nested deeper than {MAX_DEPTH} levels")
 
 
-# What spreadsheets take for a formula, which may start programs and send what is in other cells away.
+# What spreadsheets take for a formula, which could start programs or send away the content of other cells.
 FORMULA = re.compile(r"'*[=+\-@\t\r]")
 NUMBER = re.compile(r"[+-]?[0-9.]+(e[+-]?[0-9]+)?", re.ASCII)
 
 
 def safe_cell(value: Any) -> Any:
-    """Return a value for a cell of a CSV file; before a text that would be a formula stands an apostrophe.
+    """Return a value for a cell of a CSV file; text that would be a formula gets a leading apostrophe.
 
     >>> safe_cell("=1+1"), safe_cell("-0.5"), safe_cell("a=b")
     ("'=1+1", '-0.5', 'a=b')
@@ -191,7 +191,7 @@ def safe_cell(value: Any) -> Any:
 
 
 def plain_cell(text: str) -> str:
-    """Return what `safe_cell` made a cell of.
+    """Return the value from which `safe_cell` made a cell.
 
     >>> plain_cell("'=1+1"), plain_cell("'a'"), plain_cell(safe_cell("'=x"))
     ('=1+1', "'a'", "'=x")
@@ -205,14 +205,14 @@ _MAX_COMMENT = 1 << 16
 
 
 class LongZipError(zipfile.BadZipFile):
-    """A ZIP file of more members than files of ours have."""
+    """A ZIP file with more members than files of ours have."""
 
 
 def open_zip(file: Path | BinaryIO) -> zipfile.ZipFile:
-    """Return a ZIP file to be read. Its directory is read as a whole, and takes a hundred times its bytes.
+    """Return an open ZIP file. Its directory is read as a whole, and takes a hundred times its size in memory.
 
     Raises:
-        BadZipFile: it is none, or has too many members (`LongZipError`).
+        BadZipFile: it is not a ZIP file, or has too many members (`LongZipError`).
         OSError: it cannot be read.
     """
     if isinstance(file, Path):
@@ -226,7 +226,7 @@ def open_zip(file: Path | BinaryIO) -> zipfile.ZipFile:
 
 
 def _directory_bytes(file: BinaryIO) -> int:
-    """Return how long the directory of a ZIP file says that it is, in any of the places that may say it."""
+    """Return the length of a ZIP file's directory, as stated in any of the places that may state it."""
     length = file.seek(0, SEEK_END)
     begin = file.seek(max(0, length - _MAX_COMMENT - 2 * _END_64.size))
     tail = file.read()

@@ -31,7 +31,7 @@ LOCK = ".lock"
 ATTEMPTS = 3
 PARTIAL = ".partial"  # also the ending of zarr's own unfinished files
 
-# Results may be a stranger's: a link in place of the lock is not followed, and a pipe is not waited for.
+# Results may be untrusted: a link in place of the lock is not followed, and a pipe is not waited for.
 LOCKING = os.O_RDWR | os.O_CREAT | sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NOFOLLOW"))
 
 _MENDS = {
@@ -45,7 +45,7 @@ _MENDS = {
     errno.EEXIST: "there is a file where a folder is needed; choose another --out",
 }
 _PARTIAL_NAME = re.compile(rf"\.[0-9a-f]{{32}}{re.escape(PARTIAL)}$")
-# Errors of file systems without hard links: SMB, exFAT and some on top of object stores.
+# Errors from file systems without hard links: SMB, exFAT and some on top of object stores.
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EACCES}
 
 
@@ -218,7 +218,7 @@ class LocalPath(StoragePath):
 
     @contextmanager
     def _temporary(self, data: bytes) -> Iterator[Path]:
-        """Give a temporary file beside this one that holds `data`."""
+        """Provide a temporary file next to this one, containing `data`."""
         partial = self._partial()
         with wrap_write_errors(self.path):
             try:
@@ -230,7 +230,7 @@ class LocalPath(StoragePath):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Hold an exclusive lock on the folder, as far as the system and the file system know locks."""
+        """Hold an exclusive lock on the folder, as far as the system and the file system support locks."""
         with wrap_write_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             file = os.fdopen(os.open(self.path.parent / LOCK, LOCKING, 0o666), "wb")
@@ -242,7 +242,7 @@ class LocalPath(StoragePath):
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Append a line that ends in a line break, wholly or not at all, and return once it is on the disk.
+    """Append a line that ends in a line break, completely or not at all, and return once it is on the disk.
 
     Raises:
         OSError: the file cannot be written.
@@ -254,7 +254,7 @@ def append_line(path: Path, line: bytes) -> None:
             fcntl.flock(file, fcntl.LOCK_EX)
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":
-            line = b"\n" + line  # after one that was cut short
+            line = b"\n" + line  # after a line that was cut short
         try:
             left = memoryview(line)
             while left:
@@ -270,7 +270,7 @@ def append_line(path: Path, line: bytes) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Have the name of a new file on the disk, as far as the system can."""
+    """Flush the name of a new file to the disk, as far as the system can."""
     with suppress(OSError):
         folder = os.open(path, os.O_RDONLY)
         try:
@@ -280,7 +280,7 @@ def _sync_folder(path: Path) -> None:
 
 
 def check_regular(path: Path) -> os.stat_result:
-    """Return the facts about a file, which is not opened: to open a pipe is to wait for its writer, perhaps for ever.
+    """Return a file's status without opening it: opening a pipe means waiting for its writer, perhaps for ever.
 
     Raises:
         OSError: it does not exist, or is a folder, pipe, socket or device.
@@ -294,7 +294,7 @@ def check_regular(path: Path) -> os.stat_result:
 
 
 def read_file(path: Path, most: int | None = None) -> bytes:
-    """Return the contents of a regular file, of at most `most` bytes; errors as of `check_regular`."""
+    """Return the contents of a regular file, of at most `most` bytes; errors as for `check_regular`."""
     size = check_regular(path).st_size
     if most is not None and size > most:
         raise OSError(errno.EFBIG, f"larger than {most >> 20} MiB", str(path))
@@ -303,7 +303,7 @@ def read_file(path: Path, most: int | None = None) -> bytes:
 
 @contextmanager
 def wrap_write_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system while writing below `path` into a `StoreError` that says the mend."""
+    """Turn an operating system error while writing below `path` into a `StoreError` that gives the remedy."""
     try:
         yield
     except WsiGradcamError:
@@ -314,7 +314,7 @@ def wrap_write_errors(path: Path) -> Iterator[None]:
 
 
 def write_atomic(path: Path, data: bytes) -> None:
-    """Write `data` to `path` atomically: readers see all of it or the file as it was.
+    """Write `data` to `path` atomically: readers see all of it or the file as it was before.
 
     Raises:
         StoreError: the file system refuses.
@@ -326,7 +326,7 @@ def write_atomic(path: Path, data: bytes) -> None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 partial.write_bytes(data)
                 os.replace(partial, path)  # noqa: PTH105 - the atomic one on every platform
-            except FileNotFoundError:  # a run that has just begun has removed it as a killed process's
+            except FileNotFoundError:  # a run that has just begun has removed it as that of a killed process
                 if not left:
                     raise
             except OSError:
@@ -346,7 +346,7 @@ def remove_partial_files(folder: Path, recursive: bool = True) -> None:
 
 @contextmanager
 def _wrap_read_errors(path: Path) -> Iterator[None]:
-    """Turn an error of the operating system while reading into a `StoreError`, unless the file does not exist."""
+    """Turn an operating system error while reading into a `StoreError`, unless the file does not exist."""
     try:
         yield
     except (WsiGradcamError, FileNotFoundError):
@@ -365,7 +365,7 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _is_internal(name: str) -> bool:
-    """Return True for the name of a lock or of a half-written file."""
+    """Return whether a name is that of a lock or of a half-written file."""
     return name == LOCK or _PARTIAL_NAME.search(name) is not None
 
 
@@ -374,9 +374,10 @@ def _version(data: bytes) -> str:
 
 
 def alike(folder: Path, name: str) -> list[Path]:
-    """Return the files or folders in `folder`, or below it, of which the path is `name`.
+    """Return the files or folders in `folder`, or below it, whose path is `name`.
 
-    Where there is none, those of which it differs in Unicode's normal form alone: macOS and archives change it.
+    If there is none, return those whose path differs only in its Unicode normalisation form: macOS and archives change
+    it.
     """
     if os.path.lexists(folder / name):
         return [folder / name]
@@ -397,7 +398,7 @@ def _named(folder: Path, name: str) -> list[Path]:
 
 @lru_cache(maxsize=64)
 def _by_form(folder: Path, changed: int) -> dict[str, list[str]]:
-    """Return the names in a folder, changed at that time, by their normal forms."""
+    """Return the names in a folder, last changed at that time, by their normalised forms."""
     found: dict[str, list[str]] = {}
     for name in sorted(place.name for place in folder.iterdir()):
         found.setdefault(canonical(name), []).append(name)

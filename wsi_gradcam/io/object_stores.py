@@ -30,10 +30,10 @@ EXPECTED_S3_URL = (
     "expected s3://BUCKET/KEY; set credentials in the environment, as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
 )
 CREDENTIALS_HINT = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket"
-# A failed request is repeated for so long, of slides and of results. A store that is away for longer stops the run.
+# A failed request is repeated for this long, for slides and for results. A longer outage stops the run.
 PATIENCE_S, OUT_PATIENCE_S = 30.0, 60.0
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-# Machines in a cloud get credentials there, and obstore asks it where there are none.
+# Where machines in a cloud get credentials; obstore asks there if there are none.
 INSTANCE_METADATA = "169.254.169.254"
 ERROR_CHARACTERS = 240
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 5.0
@@ -49,17 +49,17 @@ class Failure(Enum):
     NO_CREDENTIALS = auto()
     BEYOND_END = auto()
     REDIRECTED = auto()
-    EXISTS = auto()  # of a put on the condition that there is no object
-    CHANGED = auto()  # of a put on the condition that the object has a certain version
+    EXISTS = auto()  # for a put on condition that there is no object
+    CHANGED = auto()  # for a put on condition that the object has a certain version
     REJECTED = auto()  # would fail again
     TRANSIENT = auto()
 
 
 def classify(error: BaseException) -> Failure:
-    """Return the kind of an error that obstore has raised.
+    """Return the kind of an error raised by obstore.
 
     Raises:
-        MissingExtraError: the error, where obstore is not installed.
+        MissingExtraError: obstore is not installed; this is the error itself.
     """
     if isinstance(error, MissingExtraError):
         raise error
@@ -91,16 +91,16 @@ def classify(error: BaseException) -> Failure:
 
 
 def short_message(error: BaseException) -> str:
-    """Return the first line of an error of obstore, without secrets in URLs, of at most `ERROR_CHARACTERS`."""
+    """Return the first line of an obstore error, without secrets in URLs, up to `ERROR_CHARACTERS` long."""
     line = str(error).split("\n", 1)[0]
     line = re.sub(r"\?\S*", "", line)
     return re.sub(r"://[^/\s@]*@", "://", line)[:ERROR_CHARACTERS]
 
 
 def store_error(path: object, error: Exception, action: str) -> OSError:
-    """Return the error of a path of results for an error of obstore: a plain `FileNotFoundError`, or a `StoreError`.
+    """Return the error for a results path from an obstore error: a plain `FileNotFoundError`, or a `StoreError`.
 
-    `action` is the participle of what failed: "read" or "written".
+    `action` is the participle for what failed: "read" or "written".
     """
     failure = classify(error)
     if failure is Failure.MISSING:
@@ -132,7 +132,7 @@ def retry_delays(patience_s: float) -> Iterator[float]:
     """
     end, delay = time.monotonic() + patience_s, FIRST_DELAY_S
     while time.monotonic() + delay < end:
-        yield delay * random.uniform(0.5, 1)  # waiting processes shall not come back at once
+        yield delay * random.uniform(0.5, 1)  # waiting processes should not all come back at once
         delay = min(2 * delay, LONGEST_DELAY_S)
 
 
@@ -150,7 +150,7 @@ def retry(call: Callable[[], T], patience_s: float) -> T:
 
 
 def bucket_and_key(url: str) -> tuple[str, str] | None:
-    """Return bucket and key of an s3:// URL; None where it names no bucket, or holds credentials.
+    """Return the bucket and key of an s3:// URL; None if it names no bucket, or contains credentials.
 
     >>> bucket_and_key("s3://bucket/a/b"), bucket_and_key("s3://me:secret@bucket/a")
     (('bucket', 'a/b'), None)
@@ -160,14 +160,14 @@ def bucket_and_key(url: str) -> tuple[str, str] | None:
 
 
 def s3_store(bucket: str, prefix: str | None = None, patience_s: float | None = None, signed: bool = True) -> S3Store:
-    """Return a client of a bucket, or of what lies below a prefix, set up by the environment.
+    """Return a client for a bucket, or for what is below a prefix, configured by the environment.
 
-    Where it is not `signed`, the bucket is asked without the user's credentials.
+    If not `signed`, the bucket is accessed without the user's credentials.
     """
     with from_extra("remote", "s3://"):
         from obstore.store import S3Store
 
-    # Set by the user, and other tools take that for permission.
+    # Set by the user, which other tools take as permission.
     plain = any(os.environ.get(name, "").lower().startswith("http://") for name in ENDPOINTS)
     patience = PATIENCE_S if patience_s is None else patience_s
     options, retries = _client_options(plain, patience), _retry_config(patience)
@@ -176,14 +176,14 @@ def s3_store(bucket: str, prefix: str | None = None, patience_s: float | None = 
 
 
 def web_store(url: str, names: Sequence[str] = ("",)) -> HTTPStore:
-    """Return a client of a web address; a user and password in it become basic authentication.
+    """Return a client for a web address; a user and password in it become basic authentication.
 
-    With `names` it is of what lies below, of which one has that name. It follows redirects to the hosts that are known
-    to be allowed, and to no others: those would be asked through a proxy that refuses all.
+    With `names`, the client is for a folder, which has a file with one of these names. It follows redirects to hosts
+    that are known to be allowed, and to no others: those go through a proxy that refuses everything.
 
     Raises:
         ValueError: not a valid URL.
-        RouteError: the server, or one that it redirects to, is not to be asked.
+        RouteError: the server, or one that it redirects to, must not be contacted.
     """
     with from_extra("remote", "https://"):
         from obstore.store import HTTPStore
@@ -210,19 +210,19 @@ def _client_options(plain: bool, patience_s: float) -> ClientConfig:
 def _retry_config(patience_s: float) -> RetryConfig:
     first, longest = timedelta(seconds=FIRST_DELAY_S), timedelta(seconds=LONGEST_DELAY_S)
     backoff: Any = {"init_backoff": first, "max_backoff": longest, "base": 2}
-    # A request that hangs takes half of it; so the last one that is begun ends in time.
+    # A hanging request takes half of it, so the last one that is begun ends in time.
     return {"max_retries": 100, "retry_timeout": timedelta(seconds=patience_s / 2), "backoff": backoff}
 
 
 class Bucket:
-    """A bucket of results. Its client is created on first use, and is not pickled."""
+    """A bucket with results. Its client is created on first use, and is not pickled."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     @cached_property
     def store(self) -> S3Store:
-        """The client, one in a process: it keeps connections and credentials."""
+        """The client, one per process: it keeps connections and credentials."""
         return s3_store(self.name, patience_s=OUT_PATIENCE_S)
 
     def __getstate__(self) -> dict[str, str]:

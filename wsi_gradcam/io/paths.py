@@ -1,6 +1,6 @@
 """The paths of results that users name: folders on a disk, or in an object store.
 
-`S3Path` is one in an object store, s3://BUCKET/KEY. A folder is a common prefix of keys, up to a slash.
+`S3Path` is a path in an object store, s3://BUCKET/KEY. A folder is a common prefix of keys, up to a slash.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ __all__ = ["S3Path", "StoragePath", "StoragePathLike", "storage_path"]
 StoragePathLike = str | os.PathLike[str] | StoragePath
 T = TypeVar("T")
 
-MAX_REQUESTS = 16  # of one call at a time
+MAX_REQUESTS = 16  # of one call, at the same time
 # Streamed data is held in memory up to this size, and in a temporary file beyond it.
 STREAM_BYTES = 16 << 20
-# An attribute that names the request which wrote an object, so that one whose answer was lost is recognised.
+# An attribute that names the request that wrote an object, so that one whose answer was lost is recognised.
 WRITER = "writer"
-# No key can hold control characters, nor bytes of file names that are not UTF-8.
+# Keys cannot contain control characters or bytes of file names that are not UTF-8.
 _INVALID_IN_KEYS = re.compile("[\x00-\x1f\x7f\udc80-\udcff]")
 
 
@@ -57,7 +57,7 @@ def storage_path(out: StoragePathLike) -> StoragePath:
     """Return the path that a user names: a path on a disk, or s3://BUCKET/KEY.
 
     Raises:
-        ConfigError: a URL of another kind.
+        ConfigError: a URL of any other kind.
 
     >>> str(storage_path("s3://bucket/a/") / "run.yaml")
     's3://bucket/a/run.yaml'
@@ -123,7 +123,7 @@ class S3Path(StoragePath):
 
     def read_range(self, start: int, count: int) -> bytes:
         def read(store: ObjectStore) -> bytes:
-            if count <= 0:  # servers know no empty ranges
+            if count <= 0:  # servers do not support empty ranges
                 store.head(self.key)
                 return b""
             try:
@@ -180,7 +180,7 @@ class S3Path(StoragePath):
 
     @contextmanager
     def atomic_writer(self) -> Iterator[BinaryIO]:
-        # Sent when it is whole: what was sent before could neither be repeated nor undone.
+        # Sent when it is complete: anything sent earlier could neither be repeated nor undone.
         with tempfile.SpooledTemporaryFile(STREAM_BYTES) as file:
             yield cast("BinaryIO", file)
             self._send(cast("BinaryIO", file))
@@ -231,7 +231,7 @@ class S3Path(StoragePath):
         return RemoteStore(self, self.bucket, self.key, read_only)
 
     def wrap_write_errors(self) -> AbstractContextManager[None]:
-        return nullcontext()  # `RemoteStore` raises them itself
+        return nullcontext()  # `RemoteStore` itself raises them
 
     @property
     def _prefix(self) -> str:
@@ -247,7 +247,7 @@ class S3Path(StoragePath):
             raise store_error(self, error, action) from None
 
     def _put_if(self, mode: Any, data: bytes) -> bool:
-        """Put on a condition; return True if it was met, also where the answer to the successful request was lost."""
+        """Put on a condition; return True if it was met, even if the answer to the successful request was lost."""
         token = uuid.uuid4().hex
         delays = retry_delays(object_stores.OUT_PATIENCE_S)
         while True:
@@ -260,7 +260,7 @@ class S3Path(StoragePath):
                 writer = self._writer()
                 if writer == token:
                     return True
-                # A store may also report that the object exists when two requests have raced and both have failed.
+                # A store may also report that the object exists after two requests have raced and both have failed.
                 settled = writer is not None or mode != "create"
                 if settled and failure is not Failure.TRANSIENT:
                     return False
@@ -272,7 +272,7 @@ class S3Path(StoragePath):
                 return True
 
     def _writer(self) -> str | None:
-        """Return the token of the request that wrote the object, "" if it has none; None where there is no object."""
+        """Return the token of the request that wrote the object, "" if it has none; None if there is no object."""
         try:
             attributes = self._retry(lambda store: store.get(self.key, options={"head": True}).attributes)
         except FileNotFoundError:

@@ -1,7 +1,8 @@
-"""URLs of slides: their parts, the names they give to slides, how they are shown without secrets, and which are asked.
+"""URLs of slides: their parts, the slide names they give, how to show them without secrets, and which are allowed.
 
-Lists of slides come from anywhere. No server is asked that only machines in a cloud reach, where their secrets lie, nor
-by redirects; and buckets that the user has not named are asked without the user's credentials.
+Lists of slides come from anywhere. Servers that only machines in a cloud can reach, where their secrets are kept, are
+never contacted, not even by redirects; and buckets that the user has not named are accessed without the user's
+credentials.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from urllib.parse import quote, unquote, urljoin, urlsplit
 if TYPE_CHECKING:
     from http.client import HTTPConnection
 
-# Two letters at least: C:\ is a disk.
+# At least two letters: C:\ is a disk.
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://")
 WEB_SCHEMES = ("http", "https")
 
@@ -39,9 +40,9 @@ def is_url(text: str) -> bool:
 
 
 def split_url(url: str) -> tuple[str, str, str]:
-    """Return the scheme in lower case, the host or bucket with any user in front, and the path without first slash.
+    """Return the scheme in lower case, the host or bucket with any user in front, and the path without a first slash.
 
-    The path of a web address is without its query and fragment; a key in a bucket is taken as it is.
+    The path of a web address comes without its query and fragment; a key in a bucket is taken as it is.
 
     >>> split_url("HTTPS://me:secret@host/a/b%20c.svs?sign=1")
     ('https', 'me:secret@host', 'a/b%20c.svs')
@@ -66,7 +67,7 @@ def redact_url(url: str) -> str:
 
 
 def url_parts(url: str) -> tuple[str, ...]:
-    """Return host and parts of the path, as they can name folders.
+    """Return the host and the parts of the path in a form that can name folders.
 
     >>> url_parts("https://me@host:8000/x/b%20c.svs?sign=1")
     ('host:8000', 'x', 'b c.svs')
@@ -89,20 +90,20 @@ def _plain(part: str) -> str:
     return part if "/" in text or "\0" in text or text in ("", ".", "..") else text
 
 
-ALLOW_HOSTS = "WSI_GRADCAM_ALLOW_HOSTS"  # patterns of hosts and buckets, separated by commas; all others are not asked
+ALLOW_HOSTS = "WSI_GRADCAM_ALLOW_HOSTS"  # patterns of hosts and buckets, separated by commas; all others are refused
 _OF_RUN: ContextVar[tuple[str, ...]] = ContextVar("patterns of a run, which a worker has from its settings", default=())
-ANONYMOUS = "anonymous@"  # before a bucket: asked without credentials
-# What clouds answer with the secrets of the machine that asks, besides the link-local addresses.
+ANONYMOUS = "anonymous@"  # before a bucket: accessed without credentials
+# Addresses, besides link-local ones, where clouds answer with the secrets of the requesting machine.
 METADATA_ADDRESSES = frozenset(
     map(ipaddress.ip_address, ("100.100.100.200", "168.63.129.16", "192.0.0.192", "fd00:ec2::254"))
 )
 MAPPED = ipaddress.ip_network("64:ff9b::/96")
-NO_HOST = re.compile(r"[\x00-\x20\x7f\\]")  # some libraries leave these out, or end the host there, and others do not
+NO_HOST = re.compile(r"[\x00-\x20\x7f\\]")  # some libraries drop these, or end the host there, and others do not
 
 
 @contextmanager
 def allowing(patterns: Sequence[str] | None) -> Iterator[None]:
-    """Ask only hosts and buckets that match one of these patterns within, also in processes that are started there."""
+    """Allow only hosts and buckets that match these patterns in this context, and in processes started in it."""
     before = os.environ.get(ALLOW_HOSTS)
     if patterns:
         os.environ[ALLOW_HOSTS] = ",".join(patterns)
@@ -116,7 +117,7 @@ def allowing(patterns: Sequence[str] | None) -> Iterator[None]:
 
 @contextmanager
 def allowing_for_run(patterns: tuple[str, ...]) -> Iterator[None]:
-    """Do as `allowing` in this thread alone; workers on other machines do not have the environment of the command."""
+    """Do the same as `allowing` in this thread alone; workers elsewhere do not have the command's environment."""
     token = _OF_RUN.set(patterns)
     try:
         yield
@@ -125,22 +126,22 @@ def allowing_for_run(patterns: tuple[str, ...]) -> Iterator[None]:
 
 
 def allowed_hosts() -> tuple[str, ...]:
-    """Return the patterns that hold here; none where all is asked but what only a cloud's machines reach."""
+    """Return the patterns that apply here; none if everything is allowed but the addresses private to clouds."""
     return _OF_RUN.get() or tuple(
         pattern.strip() for pattern in os.environ.get(ALLOW_HOSTS, "").split(",") if pattern.strip()
     )
 
 
 def _matches(scheme: str, host: str) -> bool:
-    """Return True where a pattern names the host or bucket, with or without its scheme."""
+    """Return whether a pattern names the host or bucket, with or without its scheme."""
     names = (host.lower(), f"{scheme}://{host.lower()}")
     return any(fnmatchcase(name, pattern.lower().rstrip("/")) for pattern in allowed_hosts() for name in names)
 
 
 def as_listed(url: str, named: Collection[str] = ()) -> str:
-    """Return the URL of a slide that a list or a result names, without the right to the user's credentials.
+    """Return the URL of a slide that a list or a result names, without the use of the user's credentials.
 
-    They are for buckets that the user has `named` and for those that `--allow-hosts` lets be asked. Other URLs and
+    Credentials are used for buckets that the user has `named` and for those that `--allow-hosts` allows. Other URLs and
     paths are returned as they are.
 
     >>> as_listed("s3://bucket/a.svs"), as_listed("s3://bucket/a.svs", {"bucket"}), as_listed("https://host/a.svs")
@@ -153,7 +154,7 @@ def as_listed(url: str, named: Collection[str] = ()) -> str:
 
 
 def refusal(url: str) -> str:
-    """Return why the server of a URL is not asked, with the mend; "" where it is.
+    """Return why the server of a URL is not contacted, with the remedy; "" if it may be.
 
     >>> refusal("http://169.254.169.254/latest").split(";")[0], refusal("https://8.8.8.8/a.svs")
     ("the address 169.254.169.254 belongs to a cloud machine's own metadata service", '')
@@ -171,7 +172,7 @@ def refusal(url: str) -> str:
 
 
 def is_private_to_cloud(address: str) -> bool:
-    """Return True for a link-local address or one of a cloud's metadata, also as IPv6 writes those of IPv4.
+    """Return whether an address is link-local or a cloud's metadata service, also in IPv6's form for IPv4.
 
     >>> is_private_to_cloud("169.254.169.254"), is_private_to_cloud("::ffff:169.254.0.1")
     (True, True)
@@ -184,7 +185,7 @@ def is_private_to_cloud(address: str) -> bool:
 
 
 def host_of_url(url: str) -> str:
-    """Return the host of a web address without user, port and brackets, or the bucket.
+    """Return the host of a web address, without user, port and brackets, or the bucket.
 
     >>> host_of_url("https://me@[fe80::1]:80/a.svs"), host_of_url("s3://bucket/a.svs")
     ('fe80::1', 'bucket')
@@ -197,7 +198,7 @@ def host_of_url(url: str) -> str:
 
 
 def _addresses(host: str) -> list[str]:
-    """Return all addresses of a host; none where it has none, which whoever asks it will say."""
+    """Return all addresses of a host; none if it has none, which the code that contacts it will report."""
     try:
         found = socket.getaddrinfo(unquote(host), None, type=socket.SOCK_STREAM)
         return list(dict.fromkeys(str(each[4][0]) for each in found))
@@ -209,22 +210,22 @@ def _addresses(host: str) -> list[str]:
 
 MAX_REDIRECTS = 10
 REDIRECTS = (301, 302, 303, 307, 308)
-FRESH_S = 60  # a route is looked for again
+FRESH_S = 60  # after this, a route is looked up again
 
 
 class RouteError(ValueError):
-    """A web address that is not asked, since it leads where nothing is asked; the message says all."""
+    """A web address that is not contacted because of where it leads; the message says everything."""
 
 
 @dataclass(frozen=True)
 class Route:
-    """The way to what lies at a web address, all of whose hosts may be asked.
+    """The way to a web address, all of whose hosts may be contacted.
 
     Attributes:
-        url: to ask; with an address for the name of a host that is asked without encryption, since names can lead
-            elsewhere a moment later, and no certificate would show it.
+        url: to request; without encryption, the host's name is replaced by its address, since names can lead elsewhere
+        a moment later, and no certificate would show it.
         host: the Host header to send then; "" for the URL's own.
-        hosts: the hosts to which redirects may lead from there; None where a proxy of the environment asks for us.
+        hosts: the hosts to which redirects may lead from there; None if a proxy from the environment does the asking.
     """
 
     url: str
@@ -233,19 +234,19 @@ class Route:
 
 
 def find_route(url: str, names: Sequence[str] = ("",), wait_s: float = 5.0) -> Route:
-    """Return the way to a file at a web address, or to the files of a folder, which has one of these `names`.
+    """Return the route to a file at a web address, or to the files of a folder that has one of these `names`.
 
-    A server that does not answer in `wait_s` redirects to nowhere.
+    A server that does not answer within `wait_s` counts as not redirecting.
 
     Raises:
-        RouteError: its server, or one that it redirects to, is not to be asked.
+        RouteError: its server, or one that it redirects to, must not be contacted.
     """
     return _found_route(url, tuple(names), wait_s, allowed_hosts(), int(time.monotonic() / FRESH_S))
 
 
 @lru_cache(maxsize=256)
 def _found_route(url: str, names: tuple[str, ...], wait_s: float, patterns: tuple[str, ...], now: int) -> Route:
-    from urllib.request import getproxies, proxy_bypass  # takes time to import, as http.client and ssl do
+    from urllib.request import getproxies, proxy_bypass  # takes time to import, like http.client and ssl
 
     if getproxies().get(split_url(url)[0]) and not proxy_bypass(host_of_url(url)):
         return Route(url)
@@ -268,7 +269,7 @@ def _joined(url: str, name: str) -> str:
 
 
 def _without(place: str, name: str, url: str) -> str:
-    """Return the address of the folder in which a file is."""
+    """Return the address of the folder that contains a file."""
     path, mark, query = place.partition("?")
     if not path.endswith(f"/{name}"):
         raise RouteError(f"{redact_url(url)}: redirects to {redact_url(place)}; give the final URL of the folder")
@@ -276,13 +277,13 @@ def _without(place: str, name: str, url: str) -> str:
 
 
 def _pinned(url: str, wait_s: float) -> Route:
-    """Return the route to the address that the name of a host has now."""
+    """Return the route to the address that a host's name has now."""
     place = split_url(url)[1]
     user, at, named = place.rpartition("@")
     try:
         with closing(_connected(url, wait_s)) as connected:
             address = str(connected.getpeername()[0])
-    except (OSError, ValueError):  # the reader will say so
+    except (OSError, ValueError):  # the reader will report it
         address = next(iter(_addresses(host_of_url(url))), "")
     if address in ("", host_of_url(url)):
         return Route(url, hosts=(host_of_url(url),))
@@ -292,10 +293,10 @@ def _pinned(url: str, wait_s: float) -> Route:
 
 
 def _follow(url: str, wait_s: float) -> tuple[list[str], int | None]:
-    """Return an address and those that it redirects to, one after the other, and the last status; None without one.
+    """Return an address and those that it redirects to, in order, and the last status; None if there is none.
 
     Raises:
-        RouteError: one of them is not to be asked.
+        RouteError: one of them must not be contacted.
     """
     chain = [url]
     while True:
@@ -325,9 +326,9 @@ def _redirected(chain: Sequence[str]) -> str:
 
 
 def _asked(url: str, wait_s: float) -> tuple[int | None, str]:
-    """Return the status of a web address and where it redirects to; (None, "") where it does not answer.
+    """Return the status of a web address and where it redirects to; (None, "") if it does not answer.
 
-    Some servers answer no HEAD, and addresses that are signed for GET refuse it.
+    Some servers do not answer HEAD, and URLs that are signed for GET refuse it.
     """
     from http.client import HTTPException
 
@@ -344,7 +345,7 @@ def _asked(url: str, wait_s: float) -> tuple[int | None, str]:
                 connection.request(method, target, headers=headers)
                 found = connection.getresponse()
                 answer = found.status, found.headers.get("Location", "")
-        except (OSError, ValueError, HTTPException):  # the reader will say what is wrong
+        except (OSError, ValueError, HTTPException):  # the reader will report what is wrong
             return answer
         if found.status < 400 or found.status == 404:
             break
@@ -352,7 +353,7 @@ def _asked(url: str, wait_s: float) -> tuple[int | None, str]:
 
 
 def _connection(url: str, wait_s: float) -> HTTPConnection:
-    """Return a connection to the host of a web address, at an address that may be asked.
+    """Return a connection to the host of a web address, at an IP address that may be contacted.
 
     Raises:
         OSError: there is none.
@@ -362,14 +363,14 @@ def _connection(url: str, wait_s: float) -> HTTPConnection:
 
     connected, connection = _connected(url, wait_s), HTTPConnection(urlsplit(url).netloc.rpartition("@")[2])
     if split_url(url)[0] == "https":
-        with closing(connected) as plain:  # which gives its place to the encrypted one
+        with closing(connected) as plain:  # replaced by the encrypted one
             connected = create_default_context().wrap_socket(plain, server_hostname=host_of_url(url))
     connection.sock = connected
     return connection
 
 
 def _connected(url: str, wait_s: float) -> socket.socket:
-    """Return a socket that is connected to the first address of a host that may be asked and answers.
+    """Return a socket connected to the first of a host's addresses that may be contacted and answers.
 
     Raises:
         OSError: there is none.
@@ -389,9 +390,9 @@ def _connected(url: str, wait_s: float) -> socket.socket:
 
 @lru_cache(maxsize=1)
 def closed_proxy() -> str:
-    """Return the address of a proxy that refuses all: one of this process that nobody can connect to."""
+    """Return the address of a proxy that refuses everything: a socket of this process that nobody can connect to."""
     door = socket.socket()
     door.bind(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{door.getsockname()[1]}"
-    door.detach()  # kept as long as the process lives, so that no other takes it
+    door.detach()  # kept as long as the process lives, so that no other process takes the port
     return address

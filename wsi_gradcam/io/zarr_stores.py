@@ -1,8 +1,8 @@
-"""Zarr groups of results, created and opened with few requests: in an object store each takes tens of milliseconds.
+"""Zarr groups of results, created and opened with few requests: an object store takes tens of milliseconds for each.
 
-Results and slides may be a stranger's. So arrays are read by codecs of a list and by no other, those of results by the
-ones that we write with; each chunk is unpacked into no more than its shape holds, and neither a chunk nor a file may
-be larger than `RESULTS` or `SLIDES` say.
+Results and slides may be untrusted. So arrays are decoded only by listed codecs (for results, those that we write
+with); each chunk is unpacked to no more than its shape needs, and neither a chunk nor a file may be larger than
+`RESULTS` or `SLIDES` allow.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ MADE_BY_US = "expected results of wsi_gradcam; recompute with --overwrite"
 
 @dataclass(frozen=True)
 class Rules:
-    """Bounds of arrays that are read.
+    """Limits on the arrays that are read.
 
     Attributes:
-        of: what they are arrays of.
-        packed: names of the codecs that chunks may be packed by.
+        of: what the arrays are of.
+        packed: names of the codecs that may compress chunks.
         chunk_bytes: the most that a chunk unpacks to.
-        chunks: the most in a shard, each of which is looked at.
-        mend: what a user can do about another array.
+        chunks: the most chunks in a shard, each of which is examined.
+        mend: what a user can do about any other array.
     """
 
     of: str
@@ -85,14 +85,14 @@ SLIDES = Rules(
     1 << 16,
     "convert the image again, with chunks of about 512 x 512 px compressed with Zstandard, Blosc or gzip",
 )
-# Of a group of ours, by paths below it; zarr's own half-written files end as ours do.
+# Files of a group of ours, by their paths below it; zarr's own half-written files have the same ending as ours.
 ZARR_CONTENTS = re.compile(r"([^/]+/)*(zarr\.json|c(/[0-9]+)*|[^/]+\.[0-9a-f]{32}\.partial)")
 
 
 def write_group(path: StoragePath, build: Callable[[Store], None], keep: bool = False) -> None:
-    """Replace the group at `path` by what `build` writes into an empty store; files that are of no group stay.
+    """Replace the group at `path` by what `build` writes into an empty store; files that belong to no group stay.
 
-    With `keep` other arrays, and chunks that are not written, stay too.
+    With `keep`, other arrays, and chunks that are not written, stay too.
 
     It is built in memory first: zarr itself would check for each array whether it exists.
 
@@ -109,7 +109,7 @@ def write_group(path: StoragePath, build: Callable[[Store], None], keep: bool = 
 def write_labels_group(
     path: StoragePath, shapes: Iterable[tuple[int, int]], chunk: int, shard: int, attributes: dict[str, Any]
 ) -> None:
-    """Replace the group at `path` by empty arrays uint8 "0", "1", ... of `shapes` [h, w]; raises as `write_group`."""
+    """Replace the group at `path` by empty uint8 arrays "0", "1", ... of `shapes` [h, w]; as `write_group`."""
     layout: dict[str, Any] = {
         "chunks": (chunk,) * 2,
         "shards": (shard,) * 2,
@@ -127,7 +127,7 @@ def write_labels_group(
 
 @contextmanager
 def telling_damage(path: object) -> Iterator[None]:
-    """Turn what metadata of unforeseen types and values end with into a StoreError."""
+    """Turn the errors that metadata of unexpected types and values cause into a StoreError."""
     try:
         yield
     except WsiGradcamError:
@@ -137,7 +137,7 @@ def telling_damage(path: object) -> Iterator[None]:
 
 
 class ZarrGroup:
-    """A group of Zarr 3 whose arrays' metadata is read once, and whose memory is bounded, see `bounded`.
+    """A Zarr 3 group whose arrays' metadata is read once, and whose memory is limited, see `bounded`.
 
     Raises:
         FileNotFoundError: there is no group.
@@ -145,7 +145,7 @@ class ZarrGroup:
 
     def __init__(self, path: StoragePath, *, read_only: bool = False) -> None:
         store = path.zarr_store(read_only)
-        if isinstance(store, LocalStore) and not store.root.is_dir():  # zarr would make the folder
+        if isinstance(store, LocalStore) and not store.root.is_dir():  # zarr would create the folder
             raise FileNotFoundError(f"{path}: does not exist")
         with telling_damage(path):
             self.group = zarr.open_group(store, mode="r" if read_only else "r+", zarr_format=3)
@@ -156,7 +156,7 @@ class ZarrGroup:
         """Return the array of this path in the group.
 
         Raises:
-            MissingPartError: there is none.
+            MissingPartError: there is no such array.
             StoreError: it is damaged.
         """
         if name not in self._arrays:
@@ -170,10 +170,10 @@ class ZarrGroup:
 
 
 def bounded(array: Any, name: str, rules: Rules = RESULTS) -> zarr.Array[Any]:
-    """Return an array that unpacks no chunk to more than its shape holds; results are of Zarr 3.
+    """Return an array that unpacks no chunk to more than its shape needs; results are in Zarr 3.
 
     Raises:
-        StoreError: it is none, has other codecs than the rules allow, or larger chunks.
+        StoreError: it is not an array, or has codecs or chunk sizes that the rules do not allow.
     """
     about = array.metadata if isinstance(array, zarr.Array) else None
     changed: ArrayV2Metadata | ArrayV3Metadata
@@ -197,9 +197,9 @@ def bounded(array: Any, name: str, rules: Rules = RESULTS) -> zarr.Array[Any]:
 
 
 def most_in_file(array: zarr.Array[Any]) -> int:
-    """Return how many bytes a chunk's file, or what is read of a shard's at once, may have.
+    """Return the most bytes that a chunk's file, or a single read from a shard's file, may have.
 
-    Packing makes nothing much larger. A shard's index has 16 bytes a chunk.
+    Compression never makes data much larger. A shard's index has 16 bytes per chunk.
     """
     chunk = math.prod(array.chunks) * array.dtype.itemsize
     index = 16 * math.prod(array.shards) // max(1, math.prod(array.chunks)) if array.shards else 0
@@ -242,7 +242,7 @@ def _bounded_old(about: ArrayV2Metadata, name: str, rules: Rules) -> ArrayV2Meta
 
 
 def _inflated(data: bytes, size: int, wbits: int) -> bytes:
-    """Return what a stream of zlib or gzip holds, which is checked at its end."""
+    """Return the content of a zlib or gzip stream, which is checked at its end."""
     unpacker = zlib.decompressobj(wbits)
     found = unpacker.decompress(data, size) if size else b""
     return _ended(found, unpacker, unpacker.decompress(unpacker.unconsumed_tail, 1))
@@ -260,14 +260,14 @@ def _ended(found: bytes, unpacker: Any, more: bytes) -> bytes:
 
 
 def _told(data: bytes, size: int, layout: str, place: int, unpack: Callable[[bytes], bytes]) -> bytes:
-    """Return what is unpacked of data that tell their size, to whoever makes room for it."""
+    """Return the unpacked content of data that states its size to the code that allocates memory for it."""
     (told,) = struct.unpack_from(layout, data, place)
     if not 0 <= told <= size:
         raise ValueError(f"{told:,} bytes, expected {size:,}")
     return unpack(data)
 
 
-# By names of codecs: what `data` unpack to, up to `size` bytes. More is a ValueError, or an error of the codec's own.
+# By codec name: what `data` unpacks to, up to `size` bytes. More is a ValueError, or an error of the codec's own.
 UNPACK: dict[str, Callable[[bytes, int], bytes]] = {
     "zstd": lambda data, size: bytes(zstd_decode(data, out=size)),
     "gzip": lambda data, size: _inflated(data, size, 31),
@@ -280,7 +280,7 @@ UNPACK: dict[str, Callable[[bytes, int], bytes]] = {
 
 
 class BoundedCodec(OldCodec):  # type: ignore[misc]
-    """A codec of Zarr 2 that unpacks to no more than a chunk has, for reading alone."""
+    """A Zarr 2 codec that unpacks to no more than a chunk's size, for reading only."""
 
     codec_id = "bounded"
 
@@ -327,21 +327,21 @@ class BoundedBlosc(BloscCodec):
 
 
 class BoundedStore(LocalStore):
-    """Zarr's store in a folder: only of regular files, and never more at once than a shard of ours can have."""
+    """Zarr's store in a folder: only regular files, and never more at once than a shard of ours can have."""
 
     mend = MADE_BY_US
 
     def most(self, key: str) -> int:
-        """Return how many bytes may be read of a file at once."""
+        """Return how many bytes may be read from a file at once."""
         return MAX_METADATA_BYTES if key.rpartition("/")[2] == METADATA else MAX_FILE_BYTES
 
     async def get(
         self, key: str, prototype: BufferPrototype | None = None, byte_range: ByteRequest | None = None
     ) -> Buffer | None:
-        """Return a file, or a part of it; None where there is none.
+        """Return a file, or a part of it; None if there is none.
 
         Raises:
-            StoreError: it is no regular file, or too large.
+            StoreError: it is not a regular file, or too large.
         """
         try:
             found = os.stat(self.root / key)  # noqa: PTH116 - of each chunk
@@ -354,24 +354,24 @@ class BoundedStore(LocalStore):
 
 
 class SlideLimits:
-    """How much of a slide's files may be read at once: of metadata a few MiB in all, of levels what their chunks have.
+    """Limits on reads from a slide's files: a few MiB of metadata in all, and for levels the size of their chunks.
 
-    A stranger's metadata may name any path as a level, so that only those that were allowed count.
+    Untrusted metadata may name any path as a level, so only paths that were explicitly allowed count.
     """
 
     mend = SLIDES.mend
 
     def allow(self, array: zarr.Array[Any]) -> None:
-        """Let the chunks of a level be read."""
+        """Allow the chunks of a level to be read."""
         self._allowed[f"{array.path}/"] = most_in_file(array)
 
     def most(self, key: str) -> int:
-        """Return how many bytes may be read of a file or object at once."""
+        """Return how many bytes may be read from a file or object at once."""
         found = [most for path, most in self._allowed.items() if key.startswith(path)]
         return max(found, default=self._metadata_left)
 
     def count(self, key: str, found: int) -> None:
-        """Take note of metadata that were read."""
+        """Count metadata that was read."""
         if not any(key.startswith(path) for path in self._allowed):
             self._metadata_left -= found
 
@@ -399,7 +399,7 @@ class LocalSlideStore(SlideLimits, BoundedStore):
 def check_count(
     name: str, size: int, part: ByteRequest | None, most: int = MAX_FILE_BYTES, mend: str = MADE_BY_US
 ) -> None:
-    """Raise a StoreError where a file of `size` bytes, or a part of it, has more than `most`."""
+    """Raise a StoreError if a file of `size` bytes, or a part of it, has more than `most`."""
     if isinstance(part, RangeByteRequest):
         size = min(size, part.end) - part.start
     elif isinstance(part, OffsetByteRequest):
@@ -411,7 +411,7 @@ def check_count(
 
 
 class RemoteStore(ObjectStore[Any]):
-    """Zarr's store for the objects below a path of results: patient, with errors that say what to do.
+    """Zarr's store for the objects below a results path: patient, with errors that say what to do.
 
     It shares the bucket's client, and can be pickled.
     """
@@ -457,7 +457,7 @@ class RemoteStore(ObjectStore[Any]):
     async def set(self, key: str, value: Buffer) -> None:
         self._check_writable()
         data = value.as_buffer_like()
-        # In one piece, however large: it is in memory already, and pieces of a killed process would stay, unseen.
+        # In one piece, however large: it is in memory already, and the pieces of a killed upload would stay, unseen.
         put = self.store.put_async
         await self._retry(key, lambda: put(self._prefix + key, data, use_multipart=False), "written")
 
@@ -471,7 +471,7 @@ class RemoteStore(ObjectStore[Any]):
 
     async def delete_dir(self, prefix: str) -> None:
         self._check_writable()
-        await asyncio.to_thread((self.path / prefix).remove_tree)  # one request, where zarr's own makes one an object
+        await asyncio.to_thread((self.path / prefix).remove_tree)  # one request, not one per object
 
     def list(self) -> AsyncGenerator[str, None]:
         return self.list_prefix("")

@@ -105,8 +105,7 @@ class Grid:
         object.__setattr__(self, "verdicts", np.zeros(math.prod(self.stored.grid), np.uint8))
 
     def check(self, region: Region, slack: int) -> None:
-        """Decode the tiles that a region of the level shows, with `slack` px around it, unless they are known to be
-        sound.
+        """Decode the tiles of a region of the level, with `slack` px around it, unless they are known to be sound.
 
         Raises:
             Exception: as raised by the decoder for the first damaged tile.

@@ -149,8 +149,7 @@ class _Coming:
         self._rgb[number], self._measures[number] = patch, measure
 
     def batch(self, start: int, nothing: Callable[[], NDArray[np.uint8]]) -> Batch:
-        """Return the batch once it is complete; `nothing` is a treated patch, used if no patch of the batch can be
-        read.
+        """Return the batch once it is complete; `nothing` is a treated patch, used if none of the batch can be read.
 
         Raises:
             SlideError: something is wrong with the whole slide.

@@ -107,8 +107,7 @@ class LevelAlignment:
         self._lock = threading.RLock()
 
     def holds(self, level: int) -> bool:
-        """Return True for a level that can be used: one with uncertain factors must be proved right, others not proved
-        wrong.
+        """Return whether a level can be used: uncertain factors must be proved right, others not proved wrong.
 
         Raises:
             SlideAccessError: a remote slide cannot be reached.

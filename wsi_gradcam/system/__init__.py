@@ -1,5 +1,5 @@
-"""The machine: crashes of processes, signals to stop, memory, threads and timers.
+"""The machine: crashing processes, stop signals, memory, threads and timers.
 
-`isolation` outlives decoders that crash, and finishes what is in work after Ctrl-C; `confinement` has processes that
-may do little. Nothing here knows of slides, models or results.
+`isolation` survives crashing decoders, and finishes current work after Ctrl-C; `confinement` starts processes with few
+permissions. Nothing here knows about slides, models or results.
 """

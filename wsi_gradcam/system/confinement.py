@@ -1,7 +1,7 @@
-"""Processes that may do little: limited in memory, without network, without files to write. Linux alone has them.
+"""Processes with few permissions: limited memory, no network, no files to write. Linux only.
 
-A server, which has imported what they need and does nothing else, forks them at the cost of a few milliseconds each.
-They end with it, and it ends with the process that started it. What they say is JSON: nothing of theirs is run.
+A server, which has imported what they need and does nothing else, forks them at a cost of a few milliseconds each. They
+end with it, and it ends with the process that started it. They send only JSON: nothing that they send is run.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ from wsi_gradcam.system.isolation import die_with
 Message: TypeAlias = Mapping[str, Any]
 
 HEADER = struct.Struct("!I")
-MOST_BYTES = 1 << 22  # of a message
+MOST_BYTES = 1 << 22  # bytes of a message
 MOST_DESCRIPTORS = 2
 AT_ONCE = 1 << 16
-LOOK_UP_S = 5.0  # until the server sees that it has been left
+LOOK_UP_S = 5.0  # until the server notices that its owner is gone
 END_S = 5.0  # for a process that is killed; one that waits for a disk may take longer
-QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # for the process that works to obey
+QUIET = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # for a working process to obey
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a process may need to open a slide, or to read one region of it.
+    """The resources that a process may use to open a slide, or to read one region of it.
 
     Attributes:
-        memory_mib: more than it has at its start.
+        memory_mib: in addition to what it has at its start.
         seconds: of work; ten times as long if it only waits.
     """
 
@@ -56,26 +56,26 @@ class Limits:
             raise ConfigError(f"limits of {self.memory_mib} MiB and {self.seconds:g} s; expected both above 0")
 
 
-ISOLATE = "WSI_GRADCAM_ISOLATE"  # MiB and seconds, joined by a comma: also for processes that are started
+ISOLATE = "WSI_GRADCAM_ISOLATE"  # MiB and seconds, joined by a comma; child processes inherit it
 
 
 def can_confine() -> bool:
-    """Return True where processes can be confined."""
+    """Return whether this system can confine processes."""
     return sys.platform == "linux"
 
 
 def check_can_confine(limits: Limits | None) -> None:
-    """Raise a ConfigError where limits are wanted and this system confines no processes."""
+    """Raise a ConfigError if limits are requested and this system cannot confine processes."""
     if limits is not None and not can_confine():
         raise ConfigError("slides can be read in separate processes only on Linux; omit --isolate")
 
 
 @contextmanager
 def isolating(limits: Limits | None) -> Iterator[None]:
-    """Have slides read by confined processes within, unless None; also in processes that are started there.
+    """Have slides read by confined processes in this context, unless None, and in processes started in it.
 
     Raises:
-        ConfigError: this system has none.
+        ConfigError: this system cannot confine processes.
     """
     check_can_confine(limits)
     before = os.environ.get(ISOLATE)
@@ -90,10 +90,10 @@ def isolating(limits: Limits | None) -> Iterator[None]:
 
 
 def limits_here() -> Limits | None:
-    """Return the limits of slides' readers here; None where slides are read by this process.
+    """Return the limits for slide readers here; None if slides are read by this process.
 
     Raises:
-        ConfigError: the environment says nonsense.
+        ConfigError: the environment variable is invalid.
     """
     text = os.environ.get(ISOLATE, "")
     if not text:
@@ -106,7 +106,7 @@ def limits_here() -> Limits | None:
 
 
 class Link:
-    """One end of a socket between two processes, for messages and descriptors of files."""
+    """One end of a socket between two processes, for messages and file descriptors."""
 
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
@@ -115,7 +115,7 @@ class Link:
         """Send a message; the descriptors arrive with it.
 
         Raises:
-            OSError: nobody is there any more.
+            OSError: the other side is gone.
         """
         data = json.dumps(message, default=lambda number: number.item()).encode()  # NumPy's
         data = HEADER.pack(len(data)) + data
@@ -125,10 +125,10 @@ class Link:
         self._socket.sendall(data, socket.MSG_NOSIGNAL)
 
     def receive(self) -> tuple[dict[str, Any], list[int]]:
-        """Return the next message, and descriptors of files for the caller to close.
+        """Return the next message, and file descriptors for the caller to close.
 
         Raises:
-            EOFError: nobody is there any more, or what comes is no message.
+            EOFError: the other side is gone, or what arrives is not a message.
         """
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, AT_ONCE, MOST_DESCRIPTORS)
@@ -144,7 +144,7 @@ class Link:
         return message, descriptors
 
     def waits(self, seconds: float) -> bool:
-        """Return True if a message, or an end, comes within so many seconds."""
+        """Return True if a message, or the end, arrives within so many seconds."""
         poller = poll()
         poller.register(self._socket, POLLIN)
         return bool(poller.poll(seconds * 1000))
@@ -163,7 +163,7 @@ class Link:
 
 
 def linked() -> tuple[Link, socket.socket]:
-    """Return a link, and its other end to be given away."""
+    """Return a link, and its other end to pass on."""
     ours, theirs = socket.socketpair()
     return Link(ours), theirs
 
@@ -177,7 +177,7 @@ class Confined:
 
 
 class ConfinementServer:
-    """Starts and ends confined processes, each of which calls one function with its link and what cannot be refused."""
+    """Starts and ends confined processes, each of which calls a function with its link and what could not be denied."""
 
     def __init__(self, module: str, function: str) -> None:
         self.owner = os.getpid()
@@ -203,7 +203,7 @@ class ConfinementServer:
 
         Raises:
             EOFError: the server has ended.
-            OSError: the system starts no process.
+            OSError: the system cannot start a process.
         """
         ours, theirs = linked()
         try:
@@ -217,7 +217,7 @@ class ConfinementServer:
         return Confined(ours, reply["pid"])
 
     def end(self, confined: Confined) -> int:
-        """End a process and return its status as `os.waitpid` gives it; 0 where that cannot be known."""
+        """End a process and return its status as `os.waitpid` gives it; 0 if that cannot be known."""
         confined.link.close()
         if os.getpid() != self.owner:
             return 0
@@ -242,7 +242,7 @@ class ConfinementServer:
 
 
 def serve(module: str, function: str, descriptor: int) -> None:
-    """Fork processes for whom the descriptor leads to, until it is closed."""
+    """Fork processes for the other end of the descriptor, until it is closed."""
     for number in QUIET:
         signal.signal(number, signal.SIG_IGN)
     parent, link = os.getppid(), Link(socket.socket(fileno=descriptor))
@@ -284,7 +284,7 @@ def _fork(
 
 
 def _end(pid: int, children: set[int]) -> int:
-    """Kill a child and return its status, which is its own if it had already died; 0 for one that is known no more."""
+    """Kill a child and return its status, or the one it had already died with; 0 if it is no longer known."""
     if pid not in children:
         return 0
     with suppress(OSError):
@@ -300,29 +300,29 @@ def _end(pid: int, children: set[int]) -> int:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return how long a process has worked, by all its threads; 0 where it is gone."""
+    """Return how long a process has worked, over all its threads; 0 if it is gone."""
     with suppress(OSError):
-        return time.clock_gettime(~pid << 3 | 2)  # as `clock_getcpuclockid` makes it
+        return time.clock_gettime(~pid << 3 | 2)  # computed as `clock_getcpuclockid` does
     return 0.0
 
 
 PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 22, 38, 2
 CLONE_THREAD, EPERM, ENOSYS = 0x10000, 1, 38
-X32 = 0x40000000  # the same calls by other numbers, on x86-64
-ALLOWED, REFUSED = 0x7FFF0000, 0x00050000  # what a filter returns, the second with an error number
-# Instructions of classic BPF: load a word, return, and three jumps; offsets in what a filter sees.
+X32 = 0x40000000  # the same calls under other numbers, on x86-64
+ALLOWED, REFUSED = 0x7FFF0000, 0x00050000  # return values of a filter, the second with an error number
+# Instructions of classic BPF: load a word, return, and three jumps; offsets in the data that a filter sees.
 LOAD, RETURN, IF_EQUAL, IF_AT_LEAST, IF_ANY_BIT = 0x20, 0x06, 0x15, 0x35, 0x45
 NUMBER, ARCHITECTURE, FIRST_ARGUMENT = 0, 4, 16
 MOST_FILES = 256
 LANDLOCK_CREATE, LANDLOCK_RESTRICT, LANDLOCK_VERSION = 444, 446, 1
-# Landlock's rights to change files: write, remove, make; and move and cut, by the versions that know them.
+# Landlock's rights to change files: write, remove, make; and move and truncate, by the versions that have them.
 WRITING = 1 << 1 | sum(1 << bit for bit in range(4, 13))
 WRITING_SINCE = {2: 1 << 13, 3: 1 << 14}
 
 
 @dataclass(frozen=True)
 class Calls:
-    """Numbers of an architecture's system calls, and its own number."""
+    """The numbers of an architecture's system calls, and its own number."""
 
     architecture: int
     socket: int
@@ -331,8 +331,8 @@ class Calls:
     clone3: int = 435
 
 
-# Refused: to start programs and processes, to send signals to others, to look into them; namespaces, mounts, tracing of
-# the kernel, and io_uring, which could do all of it unseen.
+# Denied: starting programs and processes, signalling or inspecting other processes; namespaces, mounts, kernel tracing,
+# and io_uring, which could do all of that unseen.
 CALLS = {
     "x86_64": Calls(
         0xC000003E,
@@ -350,9 +350,9 @@ CALLS = {
 
 
 def confine(memory_bytes: int, *, network: bool = False) -> list[str]:
-    """Limit this process, which has one thread yet, for good; return in words what this system does not refuse it.
+    """Limit this process, which still has a single thread, for good; return in words what this system cannot deny.
 
-    It may have so many bytes more than it has, write no file, start no process, and open no socket unless `network`.
+    It may use so many bytes more than it has now, write no file, start no process, and open no socket unless `network`.
     """
     import resource
 
@@ -377,7 +377,7 @@ def confine(memory_bytes: int, *, network: bool = False) -> list[str]:
 
 
 def _refuse_writing(system: ctypes.CDLL) -> bool:
-    """Refuse all changes to files by Landlock; return True where the system does."""
+    """Deny all changes to files with Landlock; return True if the system does."""
     version = system.syscall(LANDLOCK_CREATE, None, 0, LANDLOCK_VERSION)
     if version < 1:
         return False
@@ -391,7 +391,7 @@ def _refuse_writing(system: ctypes.CDLL) -> bool:
 
 
 def _refuse_calls(system: ctypes.CDLL, network: bool) -> bool:
-    """Refuse system calls by a filter of seccomp; return True where the system does."""
+    """Deny system calls with a seccomp filter; return True if the system does."""
     calls = CALLS.get(os.uname().machine)
     if calls is None or sys.maxsize < 1 << 32:
         return False
@@ -411,7 +411,7 @@ def filter_of(calls: Calls, network: bool) -> bytes:
     lines += [(LOAD, 0, 0, NUMBER), (IF_AT_LEAST, 0, 1, X32), (RETURN, 0, 0, REFUSED | EPERM)]
     for number in refused:
         lines += [(IF_EQUAL, 0, 1, number), (RETURN, 0, 0, REFUSED | EPERM)]
-    lines += [(IF_EQUAL, 0, 1, calls.clone3), (RETURN, 0, 0, REFUSED | ENOSYS)]  # then threads are made by `clone`
+    lines += [(IF_EQUAL, 0, 1, calls.clone3), (RETURN, 0, 0, REFUSED | ENOSYS)]  # threads are then made by `clone`
     lines += [(IF_EQUAL, 1, 0, calls.clone), (RETURN, 0, 0, ALLOWED), (LOAD, 0, 0, FIRST_ARGUMENT)]
     lines += [(IF_ANY_BIT, 1, 0, CLONE_THREAD), (RETURN, 0, 0, REFUSED | EPERM), (RETURN, 0, 0, ALLOWED)]
     return b"".join(struct.pack("=HBBI", *line) for line in lines)

@@ -1,10 +1,10 @@
-"""Supervision of the process that reads slides: they are untrusted, and a decoder in C may crash the process.
+"""Supervision of the process that reads slides, which are untrusted: a decoder in C may crash the process.
 
-`supervise` lets a child process do the work and waits for it. When the child is killed, another one goes on without
-the slide that was in work. The process that waits imports nothing large.
+`supervise` lets a child process do the work and waits for it. If the child is killed, another one continues without the
+slide that was being processed. The waiting process imports nothing large.
 
-And graceful stops by signals: executors finish work in flight within a grace period, and begin nothing new. Only the
-command line installs the handlers. Code that does not poll `STOP` is interrupted as usual.
+It also handles graceful stops by signals: executors finish work in flight within a grace period, and begin nothing new.
+Only the command line installs the handlers. Code that does not poll `STOP` is interrupted as usual.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from typing import NoReturn
 
 from wsi_gradcam.errors import SlideError, StoppedError, printable
 
-# A model or a machine that crashes every process would have slide after slide blamed for it.
+# Otherwise, if a model or a machine crashes every process, slide after slide would be blamed for it.
 MAX_CRASHES_IN_A_ROW = 10
-MAX_OPEN = 2  # the slide in work, and the next one while it is planned
+MAX_OPEN = 2  # the current slide, and the next one while it is planned
 PR_SET_PDEATHSIG = 1
 SHOW_CURSOR = "\x1b[?25h"
 GRACE_S = 30.0
 POLL_S = 0.2
-ECHO_S = 0.5  # a signal to a process group arrives twice: directly, and forwarded by the supervising process
+ECHO_S = 0.5  # a signal to a process group arrives twice: directly, and forwarded by the supervisor
 
 
 @dataclass
 class CrashLog:
-    """The slides in work in this process, and what is known from former processes of the same command that crashed.
+    """The slides being processed here, and what is known from earlier processes of the same command that crashed.
 
-    Slides are named by their paths.
+    Slides are identified by their paths.
 
     Attributes:
         causes: for each slide that has crashed a process, the error message.
-        finished_before: the slides that former processes have finished.
-        one_at_a_time: if only one slide may be open, so that another crash tells which one is to blame.
+        finished_before: the slides that earlier processes have finished.
+        one_at_a_time: whether only one slide may be open, so that another crash shows which one is to blame.
         descriptor: the file that this process logs to; None without a supervisor.
     """
 
@@ -66,11 +66,11 @@ class CrashLog:
         self._log("finished", path)
 
     def record_crash(self, events: Iterable[tuple[str, str]], cause: str) -> str:
-        """Find the culprit from what a process logged before it crashed by `cause`; return a message to the user.
+        """Find the culprit from what a process logged before it crashed with `cause`; return a message to the user.
 
-        The message is empty where no slide was in work.
+        The message is empty if no slide was being processed.
         """
-        opened: dict[str, None] = {}  # a set, in the order of the last openings
+        opened: dict[str, None] = {}  # a set, in the order in which slides were last opened
         for event, path in events:
             opened.pop(path, None)
             if event == "opened":
@@ -101,15 +101,15 @@ CRASHES = CrashLog()
 
 
 def supervise(crashes: CrashLog = CRASHES) -> None:
-    """Fork and return in the child, which does the work; the parent waits, and exits as its last child does.
+    """Fork and return in the child, which does the work; the parent waits, and exits with its last child's status.
 
-    To be called before there are threads. Where there is no `fork`, or no waiting for signals, as on Windows and
+    Call this before there are threads. On systems without `fork`, or without waiting for signals, such as Windows and
     macOS, it returns at once, without supervision.
     """
     if sys.platform != "linux":
         return
     handled = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD}
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # where it is ignored, the status of a child is lost
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if it is ignored, the status of a child is lost
     before = signal.pthread_sigmask(signal.SIG_BLOCK, handled)
     in_a_row = 0
     while True:
@@ -142,13 +142,13 @@ def _wait_for(child: int, signals: set[signal.Signals]) -> int:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
                 return status
-        elif caught.si_code <= 0:  # those of a terminal reach the child, too
+        elif caught.si_code <= 0:  # those from a terminal reach the child, too
             os.kill(child, caught.si_signo)
 
 
 def die_with(parent: int) -> None:
-    """Arrange for this process to be killed when its parent is, so that two never do the same work."""
-    import ctypes  # not for the process that waits
+    """Arrange for this process to be killed when its parent dies, so that two never do the same work."""
+    import ctypes  # not for the waiting process
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # already
@@ -162,7 +162,7 @@ def _exit_as(status: int) -> NoReturn:
     signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {number})
     os.kill(os.getpid(), number)
-    sys.exit(128 + number)  # not reached, where the signal can end a process
+    sys.exit(128 + number)  # not reached if the signal can end a process
 
 
 def _print(text: str) -> None:
@@ -172,7 +172,7 @@ def _print(text: str) -> None:
 
 
 class Stopping:
-    """The request to stop this process, and the signal that made it."""
+    """A request to stop this process, and the signal that made it."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -196,14 +196,14 @@ class Stopping:
             self._graceful -= 1
 
     def requested(self) -> bool:
-        """Return True when no new work shall begin."""
+        """Return True if no new work should begin."""
         return self.signal is not None
 
     def check(self) -> None:
         """Raise if a stop was requested.
 
         Raises:
-            StoppedError: no new work shall begin.
+            StoppedError: no new work should begin.
         """
         if self.requested():
             raise self.error()
@@ -221,7 +221,7 @@ class Stopping:
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """Handle SIGINT and SIGTERM in this context; to be entered in the main thread."""
+        """Handle SIGINT and SIGTERM in this context, which must be entered in the main thread."""
         before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -256,7 +256,7 @@ class Stopping:
 
 
 def _tell(text: str) -> None:
-    """Write to standard error from a handler, which no stream of Python's may be in the way of, if anybody reads it."""
+    """Write to standard error from a signal handler, bypassing Python's streams, if anybody reads it."""
     with suppress(OSError):
         os.write(2, text.encode())
 

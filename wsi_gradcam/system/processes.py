@@ -1,4 +1,4 @@
-"""Processes and threads: identities by which others can tell whether one still runs, memory, environment, timers."""
+"""Processes and threads: identities that show whether a process still runs, memory, environment, timers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Process:
     """The identity of a process.
 
     Attributes:
-        boot: of the machine's current boot and its namespace of process ids; "" where the system does not tell.
+        boot: of the machine's current boot and its namespace of process ids; "" if the system does not say.
         start: clock ticks from the boot to the start of the process, as ids are reused; "" if it has ended.
     """
 
@@ -46,7 +46,7 @@ class Process:
     start: str
 
     def alive(self) -> bool | None:
-        """Return True while the process runs; None where that cannot be known from here, as on another machine."""
+        """Return whether the process is running; None if that cannot be known from here, as on another machine."""
         if not self.boot or self.boot != _boot():
             return None
         return _start(self.pid) == self.start
@@ -69,9 +69,9 @@ def _boot() -> str:
 
 
 def _start(pid: int) -> str:
-    """Return the start of a process in clock ticks since boot; "" where there is none, or it has ended.
+    """Return the start of a process in clock ticks since boot; "" if there is none, or it has ended.
 
-    By the kernel's own count, which no change of the clock moves.
+    This is the kernel's own count, which changes to the clock do not affect.
     """
     try:
         state, *values = (PROC / str(pid) / "stat").read_text("utf-8", "replace").rpartition(")")[2].split()
@@ -81,9 +81,9 @@ def _start(pid: int) -> str:
 
 
 def limit_arenas() -> None:
-    """Make threads share a few memory arenas, where the allocator has such (glibc); call before they start.
+    """Make threads share a few memory arenas, if the allocator has them (glibc); call before they start.
 
-    Else each of the threads that read, decode and compute keeps the memory that it freed for itself alone (15 MiB of
+    Otherwise each of the threads that read, decode and compute keeps the memory that it has freed to itself (15 MiB of
     1240, ResNet-18).
     """
     if sys.platform == "linux":
@@ -92,10 +92,10 @@ def limit_arenas() -> None:
 
 
 def keep_freed_memory() -> None:
-    """Make the allocator keep up to 64 MiB of freed memory, as glibc itself does from the first freed 32 MiB on.
+    """Make the allocator keep up to 64 MiB of freed memory, as glibc itself does after the first 32 MiB are freed.
 
-    Until then it returns every tile to the system, and each new one costs as much again as its decoding (JPEG of
-    256 px: 490 against 300 us).
+    Until then, it returns the memory of every tile to the system, and decoding takes far longer (JPEG of 256 px: 490
+    instead of 300 us).
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):
@@ -105,10 +105,10 @@ def keep_freed_memory() -> None:
 
 
 def release_freed_memory() -> None:
-    """Return freed memory to the system, where the allocator can (glibc).
+    """Return freed memory to the system, if the allocator can (glibc).
 
-    Of one stage's large arrays it keeps much for later ones, whose sizes differ: without this a run's peak is that
-    of all stages together (ResNet-18: a tenth more).
+    The allocator keeps much of one stage's large arrays for later stages, whose sizes differ: without this, a run's
+    peak is that of all stages together (ResNet-18: a tenth more).
     """
     if sys.platform == "linux":
         with suppress(OSError, AttributeError):  # musl has no such function
@@ -119,8 +119,8 @@ def make_sums_deterministic() -> None:
     """Ask MKL for matrix products that do not depend on the number of threads; call before torch is first used.
 
     Workers have fewer threads than a single process, and results must agree to the last bit: with MKL's default,
-    VGG-11's logits differ between 1 and 2 threads. STRICT mode exists for AVX2 and later; elsewhere MKL falls back
-    to its compatible mode. Convolutions do not go through MKL; they agree where batches have the same size.
+    VGG-11's logits differ between 1 and 2 threads. STRICT mode exists for AVX2 and later; elsewhere MKL falls back to
+    its compatible mode. Convolutions do not go through MKL; they agree if batches have the same size.
     """
     os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
@@ -150,11 +150,10 @@ FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LO
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Allow `torch.load` to make nothing but tensors and plain containers, in this process.
+    """Allow `torch.load` in this context to create only tensors and plain containers, in the whole process.
 
     torchvision, `torch.export.load` and others call it with `weights_only=False`; PyTorch's own environment variable
-    goes before what they say. Other threads that load a pickled model meanwhile would be refused, which is the safe
-    side.
+    takes precedence. Other threads that load a pickled model meanwhile would be refused, which errs on the safe side.
     """
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
     os.environ[FORCE] = "1"
@@ -166,7 +165,7 @@ def tensors_only() -> Iterator[None]:
 
 
 def module_file(module: str) -> str | None:
-    """Return the file that `import module` would run, or has run; nothing is run to find it, parents neither."""
+    """Return the file that `import module` would run, or has run; nothing is run to find it, not even parents."""
     path: Sequence[str] | None = None
     file: str | None = None
     names = module.split(".")
@@ -193,18 +192,18 @@ def _spec_of(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
 
 @contextmanager
 def searching(folders: Sequence[Path]) -> Iterator[None]:
-    """Let modules be imported from folders too, after all that are installed: none of these is replaced."""
+    """Let modules be imported from these folders too, after all installed ones, none of which is replaced."""
     added = [str(folder.resolve()) for folder in folders]
     sys.path += added
     try:
         yield
     finally:
-        for folder in added:  # from the end: the user's own path may name them too
+        for folder in added:  # from the end: the user's own path may contain them too
             del sys.path[len(sys.path) - 1 - sys.path[::-1].index(folder)]
 
 
 class PeriodicTimer:
-    """Calls a function, which must not raise, every `interval_s` seconds while its context lasts."""
+    """Calls a function, which must not raise, every `interval_s` seconds as long as its context lasts."""
 
     def __init__(self, interval_s: float, function: Callable[[], None], name: str) -> None:
         self._interval_s, self._function = interval_s, function
@@ -218,7 +217,7 @@ class PeriodicTimer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop; when this returns, no call is under way."""
+        """Stop; when this returns, no call is in progress."""
         self._stopped.set()
         self._thread.join()
 

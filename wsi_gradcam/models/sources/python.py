@@ -1,5 +1,7 @@
-"""Networks that Python code builds: `module:function`, a function without arguments that returns a `torch.nn.Module`,
-and `timm:NAME` and `torchvision:NAME`, with published weights unless the specification names others.
+"""Networks that Python code builds: `module:function`, `timm:NAME` and `torchvision:NAME`.
+
+A `function` takes no arguments and returns a `torch.nn.Module`. timm's and torchvision's networks have their published
+weights unless the specification names others.
 
 A function runs the code of its module.
 
