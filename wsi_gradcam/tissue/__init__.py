@@ -17,7 +17,7 @@ from wsi_gradcam.tissue.masks import Shares
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-CHUNK = 1 << 16  # patches whose boxes are in memory together
+CHUNK = 1 << 16  # patches whose boxes are in memory at once
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class PatchGrid:
 
     Attributes:
         slide_px: (height, width) of level 0.
-        footprint: (height, width) of a patch in level-0 px; not whole in general.
-        step: level-0 px from one patch to the next, (y, x).
+        footprint: (height, width) of a patch in level-0 px; generally not integers.
+        step: distance from one patch to the next in level-0 px, (y, x).
     """
 
     slide_px: tuple[int, int]
@@ -46,20 +46,19 @@ class PatchGrid:
     def positions(self, axis: int) -> NDArray[np.int64]:
         """Return the level-0 px of the patches' top (axis 0) or left (axis 1) edges, int64.
 
-        Each is rounded from its own exact position, so that no error adds up over the slide.
+        Each is rounded from its exact position, so that errors do not add up over the slide.
         """
         return np.round(np.arange(self.shape[axis]) * self.step[axis]).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Patches:
-    """The chosen patches, in the order of work.
+    """The chosen patches, in working order.
 
     Attributes:
         yx: int64 [n, 2], level-0 px of the top left corners.
-        tissue: float32 [n], share of the patch, as far as it lies on the slide, that is tissue to be explained.
-        pen: float32 [n], the same of ink.
-        glass: float32 [n], the same of what is neither tissue nor ink.
+        tissue: float32 [n], share of the patch, as far as it lies on the slide, that is tissue to be explained. pen:
+    float32 [n], the same for ink. glass: float32 [n], the same for what is neither tissue nor ink.
     """
 
     yx: NDArray[np.int64]
@@ -82,7 +81,7 @@ def patch_grid(
     ((448.0, 448.0), (3, 5))
 
     Raises:
-        ConfigError: a stride that leaves gaps or does not move on.
+        ConfigError: a stride that leaves gaps or does not advance.
     """
     for stride, size in zip(stride_px, patch_px, strict=True):
         if not 1 <= stride <= size:
@@ -108,13 +107,13 @@ def choose_patches(
 ) -> Patches:
     """Return the patches with at least `min_tissue` of their area on tissue (and more than none), in working order.
 
-    The masks cover the whole slide. `mask` is the tissue; without `pen` there is no ink, without
-    `glass` the rest is glass. Of a patch that reaches beyond the slide only the part on it counts, so that a strip of
-    tissue along the edge is not left out.
+    The masks cover the whole slide. `mask` is the tissue; without `pen` there is no ink, without `glass` the rest is
+    glass. If a patch reaches beyond the slide, only the part on the slide counts, so that a strip of tissue along the
+    edge is not left out.
 
-    Order: by blocks of `block_px` x `block_px` level-0 px that hold the top left corner, row by row; inside a block
-    row by row. So reads stay local, and a block of the heatmap needs a few runs of patches: its own and a rim above
-    and to the left.
+    Order: by the blocks of `block_px` x `block_px` level-0 px that contain the top left corner, row by row; within a
+    block, row by row. So reads stay local, and a block of the heatmap needs only a few runs of patches: its own and a
+    rim above and to the left.
     """
     ys, xs = grid.positions(0), grid.positions(1)
     on_tissue = Shares(mask)
@@ -140,7 +139,7 @@ def patches_at(
     pen: NDArray[np.bool_],
     glass: NDArray[np.bool_],
 ) -> Patches:
-    """Return patches at given places, in their order: float64 [n, 4], y, x, height, width in level-0 px."""
+    """Return patches at given places, in the given order: float64 [n, 4], y, x, height, width in level-0 px."""
     scale = np.array(mask.shape) / np.array(slide_px)
     ends = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1) * np.tile(scale, 2)
     inside = np.clip(ends, 0, np.tile(mask.shape, 2))
@@ -155,7 +154,7 @@ def _boxes(grid: PatchGrid, yx: NDArray[np.int64], shape: tuple[int, ...]) -> ND
 
 
 def _shares(grid: PatchGrid, yx: NDArray[np.int64], mask: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Return the share of each patch that is in the mask, float32 [n]."""
+    """Return the share of each patch that lies in the mask, float32 [n]."""
     inside = Shares(mask)
     parts = [inside.of(_boxes(grid, yx[i : i + CHUNK], mask.shape)) for i in range(0, len(yx), CHUNK)]
     return np.concatenate(parts) if parts else np.zeros(0, np.float32)

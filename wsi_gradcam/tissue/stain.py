@@ -1,15 +1,15 @@
-"""Stain normalisation: a slide's stain, measured once on its tissue, and pixels as if stained like a target.
+"""Stain normalisation: a slide's stain is measured once on its tissue, and pixels change as if stained like a target.
 
-Networks that were trained on normalised patches expect them. Usual libraries measure the stain of each patch again, so
-that a patch of one stain alone, or of little tissue, comes out strangely, and two patches that overlap differ; here a
-slide has one stain, and all its pixels are changed alike.
+Networks that were trained on normalised patches expect them. Most libraries measure the stain of each patch separately,
+so that a patch with only one stain, or with little tissue, comes out strangely, and two overlapping patches differ;
+here a slide has one stain, and all its pixels are changed alike.
 
 Macenko's method: two stains as directions of optical density.
 M. Macenko et al., A method for normalizing histology slides for quantitative analysis, ISBI 2009, 1107-1110.
 
-Reinhard's method: mean and deviation of each channel of a perceptual colour space.
-E. Reinhard et al., Color transfer between images, IEEE Computer Graphics and Applications 21(5), 2001, 34-41. They
-took l-alpha-beta; pathology's implementations, and the networks trained with them, take CIE L*a*b* (sRGB, D65).
+Reinhard's method: mean and deviation of each channel of a perceptual colour space. E. Reinhard et al., Color transfer
+between images, IEEE Computer Graphics and Applications 21(5), 2001, 34-41. They used l-alpha-beta; implementations for
+pathology, and the networks trained with them, use CIE L*a*b* (sRGB, D65).
 """
 
 from __future__ import annotations
@@ -29,26 +29,28 @@ if TYPE_CHECKING:
 
 Triple = tuple[float, float, float]
 
-LIGHT = 240.0  # of the lamp, in gray levels, as in the implementations that networks are trained with
-FAINTEST = 0.15  # density, Macenko's beta: glass with its noise and dirt lies below
-FEWEST_PX = 1000  # fewer pixels give no percentile that can be relied on
-DIGITS = 6  # that are kept: sums differ in the last bit from machine to machine
+LIGHT = 240.0  # of the incident light, in grey levels, as in the implementations that networks are trained with
+FAINTEST = 0.15  # density, Macenko's beta: glass with its noise and dirt is below it
+FEWEST_PX = 1000  # fewer pixels do not give a reliable percentile
+DIGITS = 6  # decimals that are kept: sums differ in the last bit from machine to machine
 
 # Macenko's method.
 ALPHA = 1.0  # per cent of the pixels beyond each of the two directions
 STRONGEST = 99.0  # percentile of the concentrations
-# Between the two stains. H&E slides have 19 to 45 degrees, tiles of 224 px a median of 16 to 28. One stain alone should
-# have none, but noise and JPEG give 2 to 20 (median 11), so that not all of it is found out; at 10 degrees noise is
-# enlarged six times, and no picture is worth it.
+# Angle between the two stains. H&E slides have 19 to 45 degrees, tiles of 224 px a median of 16 to 28. A single stain
+# should have none, but noise and JPEG give 2 to 20 (median 11), so that not every such slide is detected; at 10
+# degrees, noise is amplified six times, and no picture is usable.
 NARROWEST_DEG = 10.0
-LEAST_DENSITY = -0.05  # of a unit stain in any channel; real stains have 0.09 or more
+LEAST_DENSITY = -0.05  # density of a unit stain in any channel; real stains have 0.09 or more
 WEAKEST = 0.15  # concentration; slides have 0.5 or more
-CHUNK_PX = 1 << 16  # that are changed at once: half the time of a whole batch, which leaves the processor's cache
+CHUNK_PX = (
+    1 << 16
+)  # pixels that are changed at once: this takes half as long as a whole batch, which exceeds the processor's cache
 
 # Reinhard's method.
-NODES = 65  # of the look-up table, along each of red, green and blue: Pillow's most
-# Of L*, a* and b*: less is the camera's noise (0.4 on gray), not to be enlarged to a stain's contrast. Slides have 3 or
-# more, the plainest tile of 1024 px has 1.
+NODES = 65  # size of the look-up table along each of red, green and blue: Pillow's maximum
+# Deviation of L*, a* and b*: less is the camera's noise (0.4 on grey), which must not be amplified to a stain's
+# contrast. Slides have 3 or more, the plainest tile of 1024 px has 1.
 LEAST_DEVIATION = 0.5
 WHITE = (0.95047, 1.0, 1.08883)  # X, Y, Z of D65
 KNEE = 6 / 29  # of the cube root; below it L*a*b* is linear
@@ -61,7 +63,7 @@ def densities(rgb: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 
 def is_tissue(density: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which pixels [n, 3] are not glass, bool [n]: some channel is absorbed. Pale eosin leaves red as it is."""
+    """Return which pixels [n, 3] are not glass, bool [n]: some channel is absorbed. Pale eosin does not affect red."""
     return np.asarray((density >= FAINTEST).any(axis=1))
 
 
@@ -98,11 +100,11 @@ class Macenko:
     def measure(cls, rgb: NDArray[np.uint8]) -> Macenko:
         """Return the stains of pixels, RGB uint8 [n, 3].
 
-        The two directions of largest variance of the densities span the plane of both stains. In it the stains are the
-        outermost directions but for `ALPHA` per cent of the pixels. Concentrations are least squares.
+        The two directions of largest variance of the densities span the plane of both stains. In this plane, the stains
+        are the outermost directions, ignoring `ALPHA` per cent of the pixels. Concentrations are by least squares.
 
         Raises:
-            StainError: too little is stained, one stain only, or colours that two stains do not make.
+            StainError: too little is stained, there is only one stain, or two stains do not produce these colours.
         """
         density = densities(rgb)
         stained = density[(density >= FAINTEST).all(axis=1)]
@@ -117,10 +119,10 @@ class Macenko:
         return cls((_triple(stains[0]), _triple(stains[1])), (float(concentrations[0]), float(concentrations[1])))
 
     def apply(self, target: Macenko, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return pixels RGB uint8 [..., 3] with the target's stains, in this stain's concentrations scaled to its.
+        """Return pixels RGB uint8 [..., 3] with the target's stains, their concentrations scaled to the target's.
 
-        Densities become `power @ density`, hence intensities products of powers of the three channels: nine tables of
-        256 values, and no logarithm a pixel. Rounded down, as networks' training data were by usual implementations.
+        Densities become `power @ density`, so intensities are products of powers of the three channels: nine tables of
+        256 values, and no logarithm per pixel. Results are rounded down, as in the training data of most networks.
         """
         tables, pixels = _tables(self, target), rgb.reshape(-1, 3)
         result = np.empty_like(pixels)
@@ -137,7 +139,7 @@ class Macenko:
 
 @lru_cache(maxsize=4)
 def _tables(slide: Macenko, target: Macenko) -> NDArray[np.float32]:
-    """Return factors [channel of the result, channel of the slide, value], of which three make a result."""
+    """Return factors [channel of the result, channel of the slide, value]; three of them make a result."""
     scale = np.divide(target.concentrations, slide.concentrations)
     power = np.einsum("sc,s,si->ci", target.stains, scale, np.linalg.pinv(np.transpose(slide.stains)))
     tables: NDArray[np.float64] = np.exp(-power[..., None] * densities(np.arange(256, dtype=np.uint8)))
@@ -149,7 +151,7 @@ def _tables(slide: Macenko, target: Macenko) -> NDArray[np.float32]:
 def _outermost(density: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return haematoxylin and eosin [2, 3], unit vectors, from densities [n, 3].
 
-    Angles are taken from the mean's direction: from an axis whose sign is chance they would wrap round in places.
+    Angles are measured from the mean's direction: from an axis with a random sign, they would sometimes wrap around.
     """
     centred = density - density.mean(axis=0)
     # einsum, not BLAS: its sums do not depend on the number of threads
@@ -174,7 +176,7 @@ def _outermost(density: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _unmixed(stains: NDArray[np.float64], density: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the concentrations [n, 2] that explain densities [n, 3] best."""
+    """Return the concentrations [n, 2] that best explain densities [n, 3]."""
     result: NDArray[np.float64] = np.einsum("si,ni->ns", np.linalg.pinv(stains.T), density)
     return result
 
@@ -199,10 +201,10 @@ class Reinhard:
 
     @classmethod
     def measure(cls, rgb: NDArray[np.uint8]) -> Reinhard:
-        """Return mean and deviation of the tissue among pixels, RGB uint8 [n, 3].
+        """Return the mean and deviation of the tissue among pixels, RGB uint8 [n, 3].
 
         Raises:
-            StainError: too little tissue, or all of it of one colour.
+            StainError: there is too little tissue, or all of it has one colour.
         """
         pixels = rgb[is_tissue(densities(rgb))]
         if len(pixels) < FEWEST_PX:
@@ -218,7 +220,7 @@ class Reinhard:
         return cls(mean, std)
 
     def apply(self, target: Reinhard, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return pixels RGB uint8 [..., 3] with the target's mean and deviation, interpolated from a table."""
+        """Return pixels RGB uint8 [..., 3] with the target's mean and deviation, interpolated in a table."""
         width = rgb.shape[-2]
         rows = Image.fromarray(np.ascontiguousarray(rgb).reshape(-1, width, 3))
         return np.asarray(rows.filter(_lookup_table(self, target))).reshape(rgb.shape)
@@ -232,7 +234,7 @@ def _lookup_table(slide: Reinhard, target: Reinhard) -> ImageFilter.Color3DLUT:
 
 
 def reinhard_exact(slide: Reinhard, target: Reinhard, rgb: NDArray[Any]) -> NDArray[np.float64]:
-    """Return what `Reinhard.apply` interpolates: RGB 0 to 1 from RGB uint8 or 0 to 1, [..., 3]."""
+    """Return the exact values that `Reinhard.apply` interpolates: RGB 0 to 1 from RGB uint8 or 0 to 1, [..., 3]."""
     scale = np.divide(target.std, slide.std)
     lightness, a, b = np.moveaxis((rgb2lab(rgb) - slide.mean) * scale + target.mean, -1, 0)
     y = (lightness + 16) / 116
@@ -262,7 +264,7 @@ PUBLISHED: dict[str, Stain] = {"macenko": PUBLISHED_MACENKO, "reinhard": PUBLISH
 
 @dataclass(frozen=True)
 class StainFit:
-    """A slide's own stain and the target's, of the same method: what changes its pixels. Plain numbers."""
+    """A slide's own stain and the target's, by the same method: they determine how pixels change. Plain numbers."""
 
     slide: Stain
     target: Stain
@@ -283,16 +285,16 @@ def stain_from_json(values: dict[str, Any]) -> Stain:
 
 
 def measure(rgb: NDArray[np.uint8], method: str) -> Stain:
-    """Return the stain of pixels, RGB uint8 [n, 3]; glass among them is left out.
+    """Return the stain of pixels, RGB uint8 [n, 3]; glass among them is ignored.
 
     Raises:
-        StainError: they do not show one that can be measured.
+        StainError: they do not show a stain that can be measured.
     """
     return KINDS[method].measure(rgb)
 
 
 def fit(rgb: NDArray[np.uint8], target: Stain, name: str) -> StainFit:
-    """Return the fit that makes tissue of a slide, RGB uint8 [n, 3], look like the target.
+    """Return the fit that makes a slide's tissue, RGB uint8 [n, 3], look like the target.
 
     Raises:
         StainError: the tissue's stain cannot be measured; the message begins with `name`, the slide's.
@@ -309,7 +311,7 @@ def fit(rgb: NDArray[np.uint8], target: Stain, name: str) -> StainFit:
 def apply(fit: StainFit, rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Return pixels of the slide, RGB uint8 [..., 3], as if stained like the target.
 
-    A pixel's result depends on the pixel alone. Macenko's method leaves glass white, Reinhard's may tint it.
+    A pixel's result depends only on that pixel. Macenko's method leaves glass white, Reinhard's may tint it.
     """
     if isinstance(fit.slide, Macenko) and isinstance(fit.target, Macenko):
         return fit.slide.apply(fit.target, rgb)

@@ -1,4 +1,4 @@
-"""Annotations that people drew on slides, and masks: the file of a slide is found here, and read by `regions`."""
+"""Annotations that people drew on slides, and masks: a slide's file is found here and read by `regions`."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ __all__ = [
 
 
 WHOLE, BOUNDS, AUTO = "slide", "bounds", "auto"  # frames
-LIKELY, OUTSIDE = 0.6, 0.02  # share of a drawing on tissue in its own frame, at least; by which it may reach beyond
+LIKELY, OUTSIDE = 0.6, 0.02  # least share of a drawing on tissue in its own frame; share by which it may reach beyond
 
 
 def in_frame(regions: Regions, tissue: NDArray[np.bool_], info: Ground, frame: str = AUTO) -> Regions:
-    """Return the regions in the frame that they were drawn in: the whole slide, or its scanned part, as in QuPath.
+    """Return the regions in the frame in which they were drawn: the whole slide, or its scanned part, as in QuPath.
 
     Args:
         tissue: bool [h, w] over the whole slide.
         info: has the slide's size and `bounds`.
-        frame: "slide" or "bounds"; "auto" finds out by where the drawing lies on tissue inside of the bounds.
+        frame: "slide" or "bounds"; "auto" chooses the one in which the drawing lies on tissue inside the bounds.
 
     Raises:
-        AnnotationError: both frames could be meant, or neither.
+        AnnotationError: both frames are possible, or neither is.
     """
     bounds = info.bounds
     if bounds is None or bounds == Region(0, 0, info.height, info.width) or frame == WHOLE:
@@ -106,7 +106,7 @@ class Ground(Protocol):
 def _share_on_tissue(
     regions: Regions, tissue: NDArray[np.bool_], info: Ground, bounds: Region
 ) -> tuple[float, NDArray[np.bool_]]:
-    """Return the share of a drawing that lies on tissue, 0 where it reaches beyond the bounds, and its mask."""
+    """Return the share of a drawing that lies on tissue, 0 if it reaches beyond the bounds, and its mask."""
     slide_px, shape = (info.height, info.width), (tissue.shape[0], tissue.shape[1])
     drawn = regions.drawn(slide_px)
     names = regions.wanted(drawn) or frozenset(regions.exclude)
@@ -137,10 +137,10 @@ def mask_file(folder: Path, slide_id: str, own: str = "") -> Path:
 
 
 def find_mask(folder: Path, slide_id: str, own: str = "") -> Path | None:
-    """Return the slide's file in a folder of masks: named as the slide, with or without its ending; None without one.
+    """Return the slide's file in a folder of masks: named like the slide, with or without its ending; None if missing.
 
-    Slides in folders have their masks in folders of the same name, or all in one. The slide itself, at `own`, is no
-    mask of it.
+    Slides in folders have their masks in folders of the same name, or all in one. The slide itself, at `own`, is not a
+    mask.
 
     Raises:
         AnnotationError: there is more than one.
@@ -148,7 +148,7 @@ def find_mask(folder: Path, slide_id: str, own: str = "") -> Path | None:
     slide = Path(as_path(slide_id))
     for name in (slide, slide.with_suffix(""), Path(slide.name), Path(slide.stem)):
         files = [file for ending in ENDINGS for file in alike(folder, f"{name}{ending}")]
-        # a slide may be called as a mask would be: "a.tif"
+        # a slide may be named as a mask would be: "a.tif"
         found = list(dict.fromkeys(file for file in files if file.is_file() and not _is_same(file, own)))
         if len(found) > 1:
             listed = ", ".join(file.name for file in found)
@@ -165,11 +165,11 @@ def _is_same(file: Path, other: str) -> bool:
 def read_regions(
     mask: Path | None, slide_id: str, include: tuple[str, ...] = (), exclude: tuple[str, ...] = (), own: str = ""
 ) -> Regions | None:
-    """Return the regions of a slide to be explained; None without a mask: all of it.
+    """Return the regions of a slide to be explained; None if there is no mask, which means all of it.
 
     Args:
         mask: a file, or a folder with a file for each slide.
-        slide_id: of the slide, its path relative to the archive.
+        slide_id: the slide's id, its path relative to the archive.
         own: path of the slide itself, which may lie in that folder.
 
     Raises:
@@ -183,7 +183,7 @@ def read_regions(
 
 
 def entry_regions(entry: SlideEntry, settings: Settings) -> Regions | None:
-    """Return the regions of a slide of a run: by its own mask, which a list names, else by the settings'.
+    """Return the regions of a slide of a run: from its own mask, if a list names one, else from the settings' mask.
 
     Raises:
         AnnotationError: there is no such file, or it cannot be read.
@@ -195,10 +195,10 @@ def entry_regions(entry: SlideEntry, settings: Settings) -> Regions | None:
 
 
 def entry_outlines(entry: SlideEntry, settings: Settings, tissue: NDArray[np.bool_], info: Ground) -> Drawn | None:
-    """Return the annotations whose outlines are drawn over a slide's overview; None where there are none for it.
+    """Return the annotations whose outlines are drawn on a slide's overview; None if there are none for it.
 
     Args:
-        entry, settings: of the slide, and of its run.
+        entry, settings: the slide's entry and its run's settings.
         tissue, info: see `in_frame`.
 
     Raises:
@@ -212,13 +212,13 @@ def entry_outlines(entry: SlideEntry, settings: Settings, tissue: NDArray[np.boo
     return in_frame(regions, tissue, info, settings.mask_frame).drawn((info.height, info.width))
 
 
-TRACED_PX = 2048  # the longer side of a picture whose borders are traced
+TRACED_PX = 2048  # longest side of a picture whose borders are traced
 
 
 def class_outlines(drawn: Drawn, slide_px: tuple[int, int]) -> dict[str, list[NDArray[np.float64]]]:
-    """Return the outlines of each class by its name, holes among them: (y, x) in level-0 px, float64 [n, 2] each.
+    """Return the outlines of each class by name, including holes: (y, x) in level-0 px, float64 [n, 2] each.
 
-    The last point is joined to the first. Of pictures, borders of up to `TRACED_PX` pixels a side are traced.
+    The last point is joined to the first. In pictures, borders are traced at up to `TRACED_PX` pixels a side.
 
     Raises:
         AnnotationError: a picture is damaged.
@@ -248,7 +248,7 @@ def _traced(mask: NDArray[np.bool_], slide_px: tuple[int, int]) -> list[NDArray[
 
 
 def check_masks(entries: Sequence[SlideEntry], settings: Settings) -> None:
-    """Refuse, before any work, masks and outlines that fit no slide; errors as of `check_mask`."""
+    """Refuse, before any work, masks and outlines that fit no slide; errors as for `check_mask`."""
     check_mask(settings.outlines, (), (), len(entries), "--outlines")
     without = sum(not entry.mask for entry in entries)
     if settings.mask is not None or without == len(entries):
@@ -278,7 +278,7 @@ def check_mask(
 
 
 def check_ending(path: Path) -> None:
-    """Raise a ConfigError for a file with an ending that no mask has; a folder is passed."""
+    """Raise a ConfigError for a file with an ending that no mask has; folders pass."""
     if path.is_file() and path.suffix.lower() not in ENDINGS:
         raise ConfigError(
             f"{path}: neither annotations nor a mask; expected one of the endings {' '.join(ENDINGS)}"

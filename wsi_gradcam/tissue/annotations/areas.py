@@ -1,4 +1,4 @@
-"""Areas that people drew on slides, as outlines in level-0 pixels or as pictures of labels, and masks of them."""
+"""Areas that people drew on slides, as outlines in level-0 pixels or as label pictures, and masks of them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from wsi_gradcam.tissue.quality import Corners, Placed
 
     Box = tuple[float, float, float, float]
-    Block = tuple[Region, NDArray[Any], frozenset[int]]  # a part of a picture, its labels, and which there are
+    Block = tuple[Region, NDArray[Any], frozenset[int]]  # a part of a picture, its labels, and the set of them
 
-# Plain Python values take about twenty times the bytes of their JSON: this keeps a file below a gigabyte.
+# Plain Python values take about twenty times the bytes of their JSON: this keeps a file below a gigabyte in memory.
 MAX_BYTES = 32 << 20
-MAX_COORDINATE_PX = 1e8  # no slide is larger: what lies beyond is no pixel coordinate
+MAX_COORDINATE_PX = 1e8  # no slide is larger: anything beyond is not a pixel coordinate
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +37,10 @@ class Area:
     """A closed shape that somebody drew on a slide.
 
     Attributes:
-        name: of its class, as the program that drew it shows it, in Unicode's normal form C; "" where it has none.
+        name: the name of its class, as shown by the program that drew it, in Unicode normalisation form C; "" if none.
         outline: float64 [n, 2] of (y, x) in level-0 px; the last point is joined to the first.
-        holes: outlines of what is cut out of it; they may reach beyond it.
-        groups: other names by which it may be chosen, such as of the groups that it lies in.
+        holes: outlines of the parts that are cut out; they may reach beyond the area.
+        groups: other names by which it may be chosen, such as those of the groups that contain it.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Area:
     groups: tuple[str, ...] = ()
 
     def is_of(self, names: Collection[str]) -> bool:
-        """Return True where one of the names means it."""
+        """Return whether one of the names refers to it."""
         return self.name in names or any(group in names for group in self.groups)
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Annotations:
 
     Attributes:
         areas: in the order of the file.
-        ignored: how many shapes enclose nothing, by what they are, such as {"Point": 3}.
+        ignored: the number of shapes that enclose nothing, by type, such as {"Point": 3}.
     """
 
     areas: tuple[Area, ...]
@@ -75,7 +75,7 @@ class Annotations:
 
     @property
     def known(self) -> tuple[str, ...]:
-        """These, and those of groups of them, each once, sorted."""
+        """The names of the classes and of their groups, each once, sorted."""
         return tuple(sorted({name for area in self.areas for name in (area.name, *area.groups)}))
 
 
@@ -98,7 +98,7 @@ def make_outline(path: Path, what: str, points: Any) -> NDArray[np.float64]:
     """Return the outline float64 [n, 2] of (y, x) from points of (x, y), as all formats have them.
 
     Raises:
-        AnnotationError: not at least three points of finite numbers that can be pixels.
+        AnnotationError: fewer than three points, or numbers that cannot be pixels.
     """
     try:
         flat = (float(point[axis]) for point in points for axis in (0, 1))
@@ -127,27 +127,27 @@ def box(corners: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([(top, left), (top, right), (bottom, right), (bottom, left)])
 
 
-# Pixels of all outlines, and what each crossing of a row of pixels and each outline costs: some five seconds.
+# Pixels of all outlines, with the costs of each row crossing and of each outline: about five seconds.
 MAX_WORK, CROSSING_WORK, OUTLINE_WORK, SMALL_WORK = 4e9, 20, 1e5, 1e4
 
 
 def rasterise(
     areas: Sequence[Area], slide_px: tuple[float, float], shape: tuple[int, int], source: str = "annotations"
 ) -> NDArray[np.bool_]:
-    """Return the pixels of a mask over a slide that lie in some area, bool [h, w].
+    """Return the pixels of a mask over a slide that lie in any of the areas, bool [h, w].
 
-    A pixel is in an area when its centre lies inside the outline and in no hole. An outline that crosses itself
-    contains all that it surrounds. Of an area too small to hold any centre, the pixel in its middle counts, so that
+    A pixel is in an area if its centre lies inside the outline and in no hole. An outline that crosses itself contains
+    everything that it surrounds. If an area is too small to contain any centre, the pixel in its middle counts, so that
     nothing that was drawn on the slide is lost.
 
     Args:
         areas: in level-0 px.
         slide_px: (height, width) of level 0, which the mask covers.
         shape: (h, w) of the mask.
-        source: what an error names.
+        source: the name used in errors.
 
     Raises:
-        AnnotationError: more and larger areas than people draw.
+        AnnotationError: there are more or larger areas than people draw.
     """
     mask = np.zeros(shape, np.bool_)
     scale = np.array([shape[0] / slide_px[0], shape[1] / slide_px[1]])
@@ -155,7 +155,7 @@ def rasterise(
     small: list[Placed] = []
     for area, (top, left, bottom, right) in zip(areas, _boxes(areas, scale, shape), strict=True):
         outline, box = area.outline * scale, (top, left, bottom, right)
-        if bottom <= top or right <= left:  # beside the slide
+        if bottom <= top or right <= left:  # outside the slide
             continue
         holes = list(_visible(area.holes, scale, box))
         work += sum(_work(*part) for part in [(outline, box), *holes])
@@ -172,7 +172,7 @@ def rasterise(
 
 
 def _visible(holes: Sequence[NDArray[np.float64]], scale: NDArray[np.float64], box: Corners) -> Iterator[Placed]:
-    """Yield the holes, in mask pixels, that hold the centre of a pixel of a box, and what of the box each can touch."""
+    """Yield the holes, in mask pixels, that contain a pixel centre in a box, and the part of the box each can touch."""
     if not holes:
         return
     starts = np.cumsum([0, *map(len, holes[:-1])])
@@ -224,22 +224,22 @@ def _inside(
     return inside
 
 
-MAX_MASK_PX = 64_000_000  # of a picture that is held as a whole: a slide of 128,000 px at a sixteenth
-REDUCED_PX = 1 << 24  # of what a larger picture is summed up to
-NAMES_PX = 1 << 30  # of the level on which labels are looked for, at most: some seconds
+MAX_MASK_PX = 64_000_000  # pixels of a picture that is held as a whole: a slide of 128,000 px at a sixteenth
+REDUCED_PX = 1 << 24  # pixels to which a larger picture is summed up
+NAMES_PX = 1 << 30  # most pixels of the level on which labels are searched for: a few seconds
 MAX_LABELS, LISTED = 1000, 12
-BACKGROUND = 0  # the label of what is black or wholly transparent
+BACKGROUND = 0  # the label for black and for fully transparent pixels
 TINY = 1e-6
-PLACES = 64  # at which a level of a pyramid is held against the finest
+PLACES = 64  # number of places at which a pyramid level is compared with the finest one
 WRITE_ANEW = "save it as PNG, or as a tiled TIFF with LZW or Deflate"
 
 
-# How far a size may lie below and above the exact one: rounded down, up, and to the nearest, several times over.
+# How far a size may be below and above the exact one: rounded down, up, or to the nearest, several times over.
 ROUNDINGS = ((TINY, 1.0), (1.0, TINY), (0.75, 0.75))
 
 
 def covers(picture_px: tuple[int, int], slide_px: tuple[int, int]) -> bool:
-    """Return True for (height, width) of one shape, up to rounding to whole pixels of the smaller one.
+    """Return whether two (height, width) have the same proportions, up to rounding to whole pixels of the smaller one.
 
     >>> covers((742, 555), (2967, 2220)), covers((555, 742), (2967, 2220))
     (True, False)
@@ -253,7 +253,7 @@ def covers(picture_px: tuple[int, int], slide_px: tuple[int, int]) -> bool:
 
 
 class Drawn(Protocol):
-    """Classes that are drawn on a slide."""
+    """Classes drawn on a slide."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -261,7 +261,7 @@ class Drawn(Protocol):
 
     @property
     def known(self) -> tuple[str, ...]:
-        """The names that can be chosen: of a picture also that of the background."""
+        """The names that can be chosen; for a picture, also that of the background."""
 
     def listed(self) -> str:
         """Return the known names, for a message."""
@@ -277,7 +277,7 @@ class Shapes:
     """Annotations on a slide.
 
     Raises:
-        AnnotationError: all lie outside of the slide.
+        AnnotationError: all lie outside the slide.
     """
 
     def __init__(self, path: Path, found: Annotations, slide_px: tuple[int, int]) -> None:
@@ -290,7 +290,7 @@ class Shapes:
         return self._found.names
 
     def names_without(self, names: Collection[str]) -> frozenset[str]:
-        """Return the names of classes with areas that none of `names` means."""
+        """Return the names of classes with areas that none of `names` refers to."""
         return frozenset(area.name for area in self._found.areas if not area.is_of(names))
 
     @property
@@ -303,7 +303,7 @@ class Shapes:
         return ", ".join(map(repr, self.known))
 
     def check(self, names: Collection[str]) -> None:
-        """Refuse classes of which every area lies outside of the slide."""
+        """Refuse classes whose areas all lie outside the slide."""
         areas = self.areas_of(names)
         if not areas:
             return
@@ -322,7 +322,7 @@ class Shapes:
         return points.min(axis=0).tolist(), points.max(axis=0).tolist()
 
     def mask(self, names: Collection[str], shape: tuple[int, int], times: float = 1.0) -> NDArray[np.bool_]:
-        """Return where classes are, bool [h, w] over the whole slide, see `rasterise`; coordinates taken `times`."""
+        """Return where classes are, bool [h, w] over the whole slide, with coordinates multiplied by `times`."""
         slide_px = (self._slide_px[0] / times, self._slide_px[1] / times)
         return rasterise(self.areas_of(names), slide_px, shape, str(self._path))
 
@@ -337,16 +337,16 @@ class Shapes:
         return rasterise(near, (max(1, round(box[2])), max(1, round(box[3]))), shape, str(self._path))
 
     def areas_of(self, names: Collection[str]) -> list[Area]:
-        """Return the areas that one of `names` means."""
+        """Return the areas that one of `names` refers to."""
         return [area for area in self._found.areas if area.is_of(names)]
 
 
 class Pixels(Protocol):
-    """The pixels of a picture as labels: gray values, numbers of a palette, or colours.
+    """The pixels of a picture as labels: grey values, palette indices, or colours.
 
     Attributes:
         sizes: (height, width) of its levels, finest first.
-        name: of a label.
+        name: names a label.
     """
 
     sizes: list[tuple[int, int]]
@@ -360,10 +360,10 @@ class Pixels(Protocol):
 
 
 class LabelPicture:
-    """A picture over a whole slide whose pixels say of which class they are. Names of classes are the values.
+    """A picture over a whole slide whose pixels give their class. Class names are the values.
 
     Raises:
-        AnnotationError: it has another shape than the slide; from each method where the file is damaged.
+        AnnotationError: its proportions are not the slide's; from any method, the file is damaged.
     """
 
     def __init__(self, path: Path, pixels: Pixels, slide_px: tuple[int, int]) -> None:
@@ -378,7 +378,7 @@ class LabelPicture:
 
     @cached_property
     def labels(self) -> dict[str, int]:
-        """The labels that occur, by name, in the order of the labels; the background is among them."""
+        """The labels that occur, by name, in the order of the labels, including the background."""
         small = [i for i, size in enumerate(self._pixels.sizes) if math.prod(size) <= NAMES_PX and self._is_true(i)]
         found: set[int] = set()
         for _, _, labels in self._pixels.blocks(small[0] if small else self._level_for((1, 1))):
@@ -392,7 +392,7 @@ class LabelPicture:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of the classes: all values that occur but the background's."""
+        """The names of the classes: all values that occur, except the background."""
         return tuple(name for name, label in self.labels.items() if label != BACKGROUND)
 
     @property
@@ -426,7 +426,7 @@ class LabelPicture:
     def cut(self, names: Collection[str], box: Box, shape: tuple[int, int]) -> NDArray[np.bool_]:
         """Return classes in a box (y, x, height, width) of level 0, bool `shape`, by the nearest pixels.
 
-        False beside the slide.
+        False outside the slide.
         """
         level = self._level_for(
             tuple(math.ceil(n * s / b) for n, s, b in zip(shape, self._slide_px, box[2:], strict=True))
@@ -449,19 +449,19 @@ class LabelPicture:
         return ((region, labels) for region, labels, found in self._pixels.blocks(level) if found & chosen)
 
     def _level_for(self, shape: tuple[int, ...]) -> int:
-        """Return the coarsest level that is as fine as `shape` over the slide and shows what the finest does."""
+        """Return the coarsest level that is as fine as `shape` over the slide and agrees with the finest."""
         sizes = self._pixels.sizes
         fine = [i for i, size in enumerate(sizes) if size[0] >= shape[0] and size[1] >= shape[1]]
         return next((i for i in reversed(fine) if self._is_true(i)), 0)
 
     def _is_true(self, level: int) -> bool:
-        """Return True for a level that was reduced without mixing labels: 0 and 2 do not make a 1 along borders."""
+        """Return whether a level was reduced without mixing labels: 0 and 2 must not make a 1 along borders."""
         if level not in self._levels:
             self._levels[level] = all(self._is_there(level, *place) for place in self._borders(level))
         return self._levels[level]
 
     def _borders(self, level: int) -> list[tuple[int, int, int]]:
-        """Return up to `PLACES` (y, x, label) at borders of labels in a level, evenly over it."""
+        """Return up to `PLACES` (y, x, label) at label borders in a level, spread evenly over it."""
         found: list[tuple[int, int, int]] = []
         for region, labels, there in self._pixels.blocks(level):
             if len(there) > 1:
@@ -474,7 +474,7 @@ class LabelPicture:
         return [found[i] for i in some]
 
     def _is_there(self, level: int, y: int, x: int, label: int) -> bool:
-        """Return True where a level's label is found in the finest level too, there or a pixel beside."""
+        """Return whether a level's label is found in the finest level too, in the same place or a pixel away."""
         spans = []
         for place, size, full in zip((y, x), self._pixels.sizes[level], self._pixels.sizes[0], strict=True):
             start, end = math.floor(place * full / size) - 1, math.ceil((place + 1) * full / size) + 1
@@ -484,7 +484,7 @@ class LabelPicture:
 
 
 def _add(counts: NDArray[np.uint32], region: Region, inside: NDArray[np.bool_], factor: int) -> None:
-    """Add the pixels of a region to the cells of `factor` x `factor` pixels in which they are."""
+    """Add the pixels of a region to the cells of `factor` x `factor` pixels that contain them."""
     starts = []
     for start, length in ((region.y, region.height), (region.x, region.width)):
         first = start // factor
@@ -495,6 +495,6 @@ def _add(counts: NDArray[np.uint32], region: Region, inside: NDArray[np.bool_], 
 
 
 def resize_mask(mask: NDArray[np.bool_], shape: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the mask at another size: a pixel is in where at least half of its area is."""
+    """Return the mask at another size: a pixel is in the mask if at least half of its area is."""
     gray = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
     return np.asarray(gray.resize((shape[1], shape[0]), Image.Resampling.BOX)) > 127

@@ -1,9 +1,9 @@
-"""Formats of annotation files: GeoJSON of QuPath, XML of ASAP (`ASAP_Annotations`) and ImageScope, PNG of labels.
+"""Formats of annotation files: QuPath's GeoJSON, XML from ASAP (`ASAP_Annotations`) and ImageScope, label PNGs.
 
 GeoJSON (RFC 7946) as QuPath writes it: coordinates are level-0 pixels, classes are under `properties`.
 
-XML is read as a stream by expat, so that no tree of the file is built in memory. A document type is refused: these
-programs write none, and entities are how a small XML file becomes a large one.
+XML is read as a stream by expat, so that no tree of the file is built in memory. A document type declaration is
+refused: these programs do not write one, and entities are how a small XML file becomes a large one.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ GEOJSON_OPEN = frozenset({"Point", "MultiPoint", "LineString", "MultiLineString"
 EXPECTED_GEOJSON = "expected a GeoJSON FeatureCollection, Feature, list of these, or geometry"
 
 Attributes = dict[str, str]
-MAX_DEPTH = 64  # of nested elements; these formats need seven
+MAX_DEPTH = 64  # levels of nested elements; these formats need seven
 
-# ASAP's types that enclose something; a Spline's points are joined by straight lines here.
+# ASAP's types that enclose an area; a Spline's points are joined by straight lines here.
 ASAP_CLOSED = frozenset({"Polygon", "Rectangle", "Spline"})
 NO_GROUP = "None"  # as ASAP writes it
 # The names that ImageScope gives to layers.
 NUMBERED = re.compile(r"(?:layer|annotation)?\s*\d*", re.IGNORECASE)
-# ImageScope's numbers. An ellipse is stored as corners of its box.
+# ImageScope's type numbers. An ellipse is stored as the corners of its box.
 FREEHAND, RECTANGLE, ELLIPSE = "0", "1", "2"
 IMAGESCOPE_NAMES = {"3": "arrow", "4": "ruler", "5": "counter"}
 
@@ -60,7 +60,7 @@ IMAGESCOPE_NAMES = {"3": "arrow", "4": "ruler", "5": "counter"}
 def read_geojson(path: Path, data: bytes) -> Annotations:
     """Return the areas of a GeoJSON file; points and lines are counted and left out.
 
-    A class is the `name` of the `classification`, `a: b` where QuPath lists several `names`; else the object's own
+    A class is the `name` of the `classification`, or `a: b` if QuPath lists several `names`; otherwise the object's own
     `name`.
 
     Raises:
@@ -68,7 +68,7 @@ def read_geojson(path: Path, data: bytes) -> Annotations:
     """
     try:
         values = json.loads(data, parse_constant=_refuse_constant)
-    except (ValueError, RecursionError) as error:  # also what is not UTF-8
+    except (ValueError, RecursionError) as error:  # also for bytes that are not UTF-8
         raise AnnotationError(f"{path}: not a JSON file: {' '.join(str(error).split())}; {EXPECTED_GEOJSON}") from error
     areas: list[Area] = []
     ignored: list[str] = []
@@ -105,7 +105,7 @@ def _geojson_features(path: Path, values: Any) -> Iterator[tuple[Any, str]]:
 
 
 def _type_of(item: Any) -> str:
-    """Return the type that a GeoJSON object says; "" where it says none."""
+    """Return the type that a GeoJSON object states; "" if it states none."""
     found = item.get("type") if isinstance(item, dict) else None
     return found if isinstance(found, str) else ""
 
@@ -132,7 +132,7 @@ def _class_name(properties: Any) -> str:
 
 
 def _simple_geometries(path: Path, geometry: Any, number: int) -> Iterator[dict[str, Any]]:
-    """Yield the geometry, or those of a collection."""
+    """Yield the geometry, or the geometries of a collection."""
     kind = _type_of(geometry)
     inner = geometry.get("geometries") if kind == "GeometryCollection" else None
     if isinstance(inner, list):
@@ -186,7 +186,7 @@ def read_xml(path: Path, data: bytes) -> Annotations:
 
 
 class _Reader:
-    """Detects the format, and passes the elements on."""
+    """Detects the format and passes the elements on."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -218,8 +218,8 @@ class _Reader:
 class _Asap:
     """`Annotation` elements with `Type`, `PartOfGroup`, and `Coordinate` elements with `Order`, `X`, `Y`.
 
-    The class is the group, as ASAP's own conversion to masks has it; without one, the annotation's name. `Group`
-    elements, which come last, say in which other groups a group lies.
+    The class is the group, as in ASAP's own conversion to masks; without one, it is the annotation's name. `Group`
+    elements, which come last, say which other groups contain a group.
     """
 
     def __init__(self, path: Path) -> None:
@@ -228,7 +228,7 @@ class _Asap:
         self._ignored: list[str] = []
         self._about: Attributes = {}
         self._points: list[tuple[float, str | None, str | None]] = []
-        self._above: dict[str, set[str]] = {}  # the group that a group is part of
+        self._above: dict[str, set[str]] = {}  # the group that contains a group
 
     def start(self, tag: str, attributes: Attributes) -> None:
         if tag == "Annotation":
@@ -241,7 +241,7 @@ class _Asap:
             self._above.setdefault(attributes.get("Name", ""), set()).add(attributes.get("PartOfGroup", NO_GROUP))
 
     def _groups(self, name: str) -> tuple[str, ...]:
-        """Return the groups that contain a group, from the inside out; none above two of the same name."""
+        """Return the groups that contain a group, from the inside out, stopping at a name that occurs twice."""
         found: list[str] = []
         while len(above := self._above.get(name, set())) == 1 and len(found) < MAX_DEPTH:
             (name,) = above
@@ -269,10 +269,10 @@ class _Asap:
 
 @dataclass
 class _Layer:
-    """An `Annotation` element of ImageScope: regions of one name and colour, each with its text.
+    """An `Annotation` element of ImageScope: regions with one name and colour, each with its text.
 
-    Where a layer has a name of its own, that is the class, and a region's text chooses among them. Where it has none,
-    or the number that ImageScope gives it, the text is the class.
+    If a layer has a name of its own, that is the class, and a region's text is a further name by which to choose it. If
+    it has none, or only the number that ImageScope gives it, the text is the class.
     """
 
     name: str
@@ -313,7 +313,7 @@ class _ImageScope:
         self._ignored: list[str] = []
         self._about: Attributes = {}
         self._points: list[tuple[str | None, str | None]] = []
-        self._inside = False  # of a region, which has attributes too
+        self._inside = False  # those of a region, which has attributes too
 
     def start(self, tag: str, attributes: Attributes) -> None:
         if tag == "Annotation":
@@ -346,7 +346,7 @@ class _ImageScope:
         points = self._points
         if kind == FREEHAND:
             return make_outline(self._path, what, points)
-        # Two opposite corners are enough for a box; a point said twice makes it pass as an outline.
+        # Two opposite corners are enough for a box; repeating a point makes it pass as an outline.
         corners = make_outline(self._path, what, [*points, *points] if len(points) == 2 else points)
         return box(corners) if kind == RECTANGLE else ellipse(corners)
 
@@ -360,7 +360,7 @@ FORMATS: dict[str, Callable[[Path], _Asap | _ImageScope]] = {"ASAP_Annotations":
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 ALPHA_MODES = ("LA", "RGBA")
-ROWS = 256  # of a strip
+ROWS = 256  # pixels of a strip
 RGB = 3
 
 
@@ -372,7 +372,7 @@ def values_of(labels: NDArray[Any]) -> frozenset[int]:
 
 
 def packed(samples: NDArray[Any], alpha: bool) -> NDArray[Any]:
-    """Return a label for each colour of samples [h, w, n]; gray stays as it is, and what alpha hides is background."""
+    """Return a label for each colour of samples [h, w, n]; grey stays as it is, and what alpha hides is background."""
     colours = samples.shape[2] - alpha
     labels = samples[..., 0]
     if colours == RGB:
@@ -383,7 +383,7 @@ def packed(samples: NDArray[Any], alpha: bool) -> NDArray[Any]:
 
 
 def colour_name(bits: int) -> Callable[[int], str]:
-    """Return the function that names a packed colour: its gray value, else as `#ff0000`."""
+    """Return the function that names a packed colour: its grey value, or else a name such as `#ff0000`."""
 
     def name(label: int) -> str:
         red, green, blue = (label >> shift & (1 << bits) - 1 for shift in (2 * bits, bits, 0))
@@ -394,7 +394,7 @@ def colour_name(bits: int) -> Callable[[int], str]:
 
 
 class PngPixels:
-    """The pixels of a PNG, which is decoded as a whole and labelled by strips.
+    """The pixels of a PNG, which is decoded as a whole and labelled in strips.
 
     Raises:
         AnnotationError: not a PNG, damaged, or too large.
@@ -417,8 +417,8 @@ class PngPixels:
             raise AnnotationError(f"{path}: damaged: {one_line(error)}; write the mask again") from error
 
     def _decoded(self, data: bytes, deep: bool) -> tuple[Image.Image | NDArray[Any], NDArray[Any] | None]:
-        """Return the picture, and for a palette the labels of its numbers."""
-        if deep:  # colours of 16 bits, of which Pillow would drop half
+        """Return the picture and, for a palette, the labels of its indices."""
+        if deep:  # 16-bit colours, half of which Pillow would drop
             self.name = colour_name(16)
             return imagecodecs.png_decode(data), None
         with Image.open(io.BytesIO(data), formats=("PNG",)) as opened:
@@ -433,9 +433,9 @@ class PngPixels:
         return image, None
 
     def _of_palette(self, image: Image.Image) -> NDArray[np.int64]:
-        """Return the label of each number: the number itself.
+        """Return the label of each palette index: the index itself.
 
-        Where another than 0 is black and used, and 0 is not, numbers mean nothing: then it is the colour.
+        If an index other than 0 is black and used, and 0 is not, indices mean nothing: the label is then the colour.
         """
         colours = np.zeros((256, RGB), np.int64)
         palette = np.asarray(image.getpalette() or [], np.int64).reshape(-1, RGB)

@@ -1,4 +1,4 @@
-"""Regions of slides: files of annotations and pictures of labels (PNG, TIFF), read and turned into masks."""
+"""Regions of slides: annotation files and label pictures (PNG, TIFF), read and turned into masks."""
 
 from __future__ import annotations
 
@@ -42,22 +42,25 @@ READERS: dict[str, Callable[[Path, bytes], Annotations]] = {
 }
 PNG, TIFF = ".png", (".tif", ".tiff")
 ENDINGS = (PNG, *TIFF, *READERS)
-# Of these no pixel changes. JPEG and its like leave grays along every border.
+# These change no pixels. JPEG and its like leave greys along every border.
 LOSSLESS = frozenset(
     ("NONE", "CCITTRLE", "CCITTFAX3", "CCITTFAX4", "LZW", "ADOBE_DEFLATE", "DEFLATE", "PACKBITS", "LZMA", "ZSTD")
 )
 MAX_TILE_PX, MAX_TILES = 1 << 26, 1 << 24
-MOST_FINER = 2.0  # pixels of a mask for one of the slide, along an axis
-SAME_BYTES, KEPT = 4096, 8  # tiles of one label are small, alike and many: they are decoded once
+MOST_FINER = 2.0  # pixels of a mask per pixel of the slide, along an axis
+SAME_BYTES, KEPT = 4096, 8  # tiles with a single label are small, identical and many: they are decoded once
 WHITE_IS_ZERO, BLACK_IS_ZERO, COLOURS, PALETTE, UPRIGHT = 0, 1, 2, 3, 1
-MISPLACED, PLACED = 0.1, 0.5  # shares of a drawing on tissue: of a wrong frame at most, of a right one at least
+MISPLACED, PLACED = (
+    0.1,
+    0.5,
+)  # shares of a drawing on tissue: at most this in a wrong frame, at least this in the right one
 
 
 def read_annotations(path: Path) -> Annotations:
-    """Return the areas that were drawn on a slide: GeoJSON of QuPath, XML of ASAP or Aperio ImageScope.
+    """Return the areas that were drawn on a slide: QuPath's GeoJSON, XML from ASAP or Aperio ImageScope.
 
     Raises:
-        AnnotationError: no such file, another format, damaged, or without an area.
+        AnnotationError: there is no such file, or it has another format, is damaged, or has no area.
     """
     return parse(path, read_bytes(path))
 
@@ -71,10 +74,10 @@ def parse(path: Path, data: bytes) -> Annotations:
 
 
 def read_bytes(path: Path) -> bytes:
-    """Return the file's content; of a TIFF nothing, since it may be large and is read by its tiles.
+    """Return the file's content; nothing for a TIFF, which may be large and is read tile by tile.
 
     Raises:
-        AnnotationError: it cannot be read, or is larger than any that a person drew.
+        AnnotationError: it cannot be read, or is larger than anything that a person would draw.
     """
     try:
         check_regular(path)
@@ -113,10 +116,10 @@ class _MaskLevel:
 
 
 class TiffPixels:
-    """The pixels of a TIFF, read by its tiles, of which the file may have millions.
+    """The pixels of a TIFF, read tile by tile, since a file may have millions of tiles.
 
     Raises:
-        AnnotationError: not a TIFF, damaged, several pictures, or pixels that are no labels.
+        AnnotationError: it is not a TIFF, is damaged, or has several pictures, or pixels that are not labels.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,12 +133,12 @@ class TiffPixels:
                 self._levels = [_mask_level(page) for page in pages]
         except AnnotationError as error:
             raise AnnotationError(f"{path}: {error}") from error
-        except Exception as error:  # parsing a damaged file may raise anything
+        except Exception as error:  # parsing a damaged file may raise any error
             raise AnnotationError(f"{path}: not a TIFF, or damaged: {one_line(error)[:200]}; write it again") from error
         self.sizes = [level.size for level in self._levels]
 
     def blocks(self, level: int) -> Iterator[Block]:
-        """Yield tiles, and long strips in parts."""
+        """Yield tiles, or parts of long strips."""
         found = self._levels[level]
         with self._path.open("rb") as file:
             for number in range(len(found.offsets)):
@@ -166,7 +169,7 @@ class TiffPixels:
         return out
 
     def _tile(self, file: int, level: int, number: int) -> tuple[NDArray[Any], frozenset[int]]:
-        """Return a tile's labels and which there are; a tile that was left out is background."""
+        """Return a tile's labels and the set of them; a tile that was left out is background."""
         found = self._levels[level]
         region = found.region(number)
         offset, count = int(found.offsets[number]), int(found.counts[number])
@@ -183,7 +186,7 @@ class TiffPixels:
             labels = found.to_labels(array[0])
             if labels.shape[0] < region.height or labels.shape[1] < region.width:
                 raise ValueError(f"{labels.shape[1]} x {labels.shape[0]} px, expected {region.width} x {region.height}")
-        except Exception as error:  # decoders of damaged bytes raise many kinds
+        except Exception as error:  # decoders raise many kinds of errors for damaged bytes
             raise AnnotationError(
                 f"{self._path}: damaged at x {region.x}, y {region.y}: {one_line(error)[:200]}; write it again"
             ) from error
@@ -197,7 +200,7 @@ class TiffPixels:
 
 
 def _levels_of(file: tifffile.TiffFile) -> list[Any]:
-    """Return the first page and its reductions, finest first.
+    """Return the first page and its reduced versions, finest first.
 
     Raises:
         AnnotationError: there are other pictures of its size.
@@ -222,7 +225,7 @@ def _mask_level(page: Any) -> _MaskLevel:
     """Return a page as a grid of tiles.
 
     Raises:
-        AnnotationError: its pixels are no labels, or it is written in a form that is not read.
+        AnnotationError: its pixels are not labels, or its form is not supported.
     """
     size, offsets, counts = (int(page.imagelength), int(page.imagewidth)), page.dataoffsets, page.databytecounts
     tile = (
@@ -251,7 +254,7 @@ def _mask_level(page: Any) -> _MaskLevel:
 
 
 def _in_rows(page: Any, size: tuple[int, int], offsets: Sequence[int], rows: int) -> _MaskLevel:
-    """Return a page that is not compressed by its rows: many programs write it as one strip, however large."""
+    """Return an uncompressed page row by row: many programs write it as one strip, however large."""
     dtype, samples = page.dtype.newbyteorder(page.parent.byteorder), int(page.samplesperpixel)
     length = size[1] * samples * page.dtype.itemsize
     places = [offsets[row // rows] + row % rows * length for row in range(size[0])]
@@ -263,10 +266,10 @@ def _in_rows(page: Any, size: tuple[int, int], offsets: Sequence[int], rows: int
 
 
 def _labeller(page: Any) -> Callable[[NDArray[Any]], NDArray[Any]]:
-    """Return the function from decoded samples [h, w, n] to labels [h, w].
+    """Return the function that turns decoded samples [h, w, n] into labels [h, w].
 
     Raises:
-        AnnotationError: they are no labels.
+        AnnotationError: they are not labels.
     """
     kind, samples, photometric = page.dtype.kind, int(page.samplesperpixel), int(page.photometric)
     alpha = len(page.extrasamples) > 0
@@ -298,7 +301,7 @@ def png_picture(path: Path, data: bytes, slide_px: tuple[int, int]) -> LabelPict
 
 @lru_cache(4)
 def _tiff_picture(path: Path, slide_px: tuple[int, int], changed: tuple[int, int]) -> LabelPicture:
-    """Return the labels in a TIFF; another `changed` (time and size) is another file."""
+    """Return the labels in a TIFF; a different `changed` (time and size) means a different file."""
     pixels = TiffPixels(path)
     if max(side / whole for side, whole in zip(pixels.sizes[0], slide_px, strict=True)) > MOST_FINER:
         height, width = pixels.sizes[0]
@@ -311,7 +314,7 @@ def _tiff_picture(path: Path, slide_px: tuple[int, int], changed: tuple[int, int
 
 @dataclass(frozen=True)
 class Moved:
-    """What is drawn on a part of a slide, in its own pixels, as it lies on the slide of `slide_px` (height, width)."""
+    """A drawing on a part of a slide, in the part's own pixels, moved to its place on the slide of `slide_px`."""
 
     drawn: Drawn
     part: Region
@@ -348,15 +351,13 @@ class Moved:
 
 @dataclass(frozen=True)
 class Regions:
-    """A slide's mask file, not yet understood.
+    """A slide's mask file, not yet parsed.
 
     Attributes:
-        path: of the file.
-        data: its content; of a TIFF nothing, which is read by its tiles.
-        include: names of the classes that are in; none: all that are not excluded.
-        exclude: names of the classes that are out.
-        shared: True for a file of a folder, where not every class is on every slide.
-        part: the part of the slide that it was drawn on, in whose pixels it is; None: the whole slide.
+        path: the path of the file. data: its content; empty for a TIFF, which is read tile by tile. include: names of
+    the classes to use; none: all that are not excluded. exclude: names of the classes to leave out. shared: True for a
+    file in a folder, where not every class occurs on every slide. part: the part of the slide on which it was drawn,
+    and in whose pixels it is; None: the whole slide.
     """
 
     path: Path
@@ -383,10 +384,10 @@ class Regions:
         return self.path.suffix.lower() in TIFF
 
     def drawn(self, slide_px: tuple[int, int]) -> Drawn:
-        """Return what the file holds of a slide of `slide_px` (height, width).
+        """Return what is drawn in the file, on a slide of `slide_px` (height, width).
 
         Raises:
-            AnnotationError: it cannot be understood, lies outside of the slide, or has another shape.
+            AnnotationError: it cannot be understood, lies outside the slide, or has other proportions.
         """
         if self.part is not None:
             return Moved(replace(self, part=None).drawn((self.part.height, self.part.width)), self.part, slide_px)
@@ -398,13 +399,13 @@ class Regions:
         return Shapes(self.path, parse(self.path, self.data), slide_px)
 
     def mask(self, slide_px: tuple[int, int], shape: tuple[int, int]) -> NDArray[np.bool_]:
-        """Return what is to be explained, bool [h, w] over the whole slide of `slide_px` (height, width).
+        """Return the part to be explained, bool [h, w] over the whole slide of `slide_px` (height, width).
 
-        Included classes without what excluded ones cover. Where only classes to exclude were drawn, it is the rest
-        of the slide.
+        These are the included classes without what excluded ones cover. If only classes to exclude were drawn, it is
+        the rest of the slide.
 
         Raises:
-            AnnotationError: as of `drawn`; a class is not in it, or a picture has several and none is chosen.
+            AnnotationError: as for `drawn`; or a class is not in it, or a picture has several and none is chosen.
         """
         drawn = self.drawn(slide_px)
         wanted = self.wanted(drawn)
@@ -413,10 +414,10 @@ class Regions:
         return mask & ~drawn.mask(self.exclude, shape) if self.exclude else mask
 
     def wanted(self, drawn: Drawn) -> frozenset[str]:
-        """Return the names of the classes that are in.
+        """Return the names of the classes to use.
 
         Raises:
-            AnnotationError: one is not in the file, none is chosen of a picture's several, or all lie outside.
+            AnnotationError: one is not in the file, none of a picture's several is chosen, or all lie outside.
         """
         drawn = drawn.drawn if isinstance(drawn, Moved) else drawn
         self._check(drawn)
@@ -447,11 +448,11 @@ class Regions:
 
 
 def tissue_within(regions: Regions, tissue: NDArray[np.bool_], info: SlideInfo) -> NDArray[np.bool_]:
-    """Return the tissue that lies in regions, bool [h, w]; a mask over the whole slide, as `tissue` is.
+    """Return the tissue that lies in the regions, bool [h, w], a mask over the whole slide like `tissue`.
 
     Raises:
-        AnnotationError: as of `Regions.mask`; or no tissue lies there, or hardly any, and much would if the
-            coordinates were micrometres or pixels of another level.
+        AnnotationError: as for `Regions.mask`; or no tissue lies there, or hardly any although much would if the
+        coordinates were micrometres or pixels of another level.
     """
     slide_px = (info.height, info.width)
     mask = regions.mask(slide_px, (tissue.shape[0], tissue.shape[1]))
@@ -470,7 +471,7 @@ def tissue_within(regions: Regions, tissue: NDArray[np.bool_], info: SlideInfo) 
 
 
 def _better_frame(regions: Regions, tissue: NDArray[np.bool_], info: SlideInfo) -> str:
-    """Return words on the unit in which most of a drawing would lie on tissue; "" where there is none."""
+    """Return words about the unit in which most of a drawing would lie on tissue; "" if there is none."""
     drawn = regions.drawn((info.height, info.width))
     if not isinstance(drawn, Shapes):
         return ""
