@@ -1,7 +1,7 @@
 """The command line: parses arguments, calls the package's public functions and prints what they return.
 
 It may use every other room, and none uses it. `wsi-gradcam --help` and mistakes in arguments must be answered at once,
-so that `main` and `flags` import whatever is heavy only when a command needs it.
+so `main` and `flags` import heavy modules only when a command needs them.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from wsi_gradcam.errors import did_you_mean, printable
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-NOT_WRITTEN = 1  # exit status where standard output is a full disk, say
+NOT_WRITTEN = 1  # exit status if, say, standard output is on a full disk
 MAX_HELP_COLUMNS = 100
-PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)  # as of a program that the signal ends
+PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)  # like that of a program ended by the signal
 
 
 def say(*lines: object, error: bool = False) -> None:
-    """Print lines, as all commands do: nothing that a file or folder says reaches the terminal but as visible text."""
+    """Print lines, as all commands do: whatever comes from a file or folder reaches the terminal as visible text."""
     stream = sys.stderr if error else sys.stdout
-    if stream is not None:  # print would take the other one
+    if stream is not None:  # print would use the other one
         print("\n".join(printable(str(line)) for line in lines), file=stream, flush=True)
 
 
@@ -43,7 +43,7 @@ def given(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def split(text: str) -> tuple[str, ...]:
-    """Return the names of a list with commas."""
+    """Return the names in a comma-separated list."""
     return tuple(name.strip() for name in text.split(","))
 
 
@@ -53,7 +53,7 @@ def group(parser: argparse.ArgumentParser, title: str) -> argparse._ArgumentGrou
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Help whose examples keep their lines, with room for the names of flags, and never wider than 100 columns."""
+    """Help whose examples keep their line breaks, with room for the names of flags, and at most 100 columns wide."""
 
     def __init__(self, prog: str) -> None:
         width = min(shutil.get_terminal_size().columns, MAX_HELP_COLUMNS) - 2
@@ -61,22 +61,22 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors quote arguments as visible text, and say which command, flag or value may be meant."""
+    """A parser whose errors quote arguments as visible text and suggest the command, flag or value meant."""
 
     def error(self, message: str) -> NoReturn:
-        """Print usage and error, and exit."""
+        """Print the usage and the error, and exit."""
         near = did_you_mean(*self._mistaken(message))
         super().error(printable(f"{message}; {near}" if near else message))
 
     def _mistaken(self, message: str) -> tuple[str, list[str]]:
-        """Return the word that argparse did not take, and those that it would have taken."""
+        """Return the word that argparse did not accept, and those that it would have accepted."""
         if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             return found[1], [choice.strip("'") for choice in found[2].split(", ")]
         found = re.match(r"unrecognized arguments: .*?(--[^\s=]+)", message)
         return (found[1] if found else ""), list(self._flags())
 
     def _flags(self) -> Iterator[str]:
-        """Yield the names of all flags, also of the commands below."""
+        """Yield the names of all flags, including those of subcommands."""
         for action in self._actions:
             yield from (name for name in action.option_strings if name.startswith("--"))
             for parser in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
@@ -84,12 +84,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def examples_text(lines: Sequence[str]) -> str:
-    """Return the examples at the end of a help, a line each."""
+    """Return the examples for the end of a help text, one per line."""
     return "\n".join(["examples:", *(f"  {line}" for line in lines)])
 
 
 class PrintableFormatter(logging.Formatter):
-    """Formats what is logged as `say` prints it."""
+    """Formats log records in the way `say` prints."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the record on one line."""
@@ -97,10 +97,10 @@ class PrintableFormatter(logging.Formatter):
 
 
 class Outlet(io.FileIO):
-    """Standard output or error, after whose first failure, as of a pipe that nobody reads, nothing is written any more.
+    """Standard output or error; after its first failure, such as a closed pipe, nothing more is written to it.
 
-    Work on slides goes on then; where all is `vain` that is not read, as of a command that only prints, it ends with
-    the error.
+    Work on slides then continues; if unread output makes the work `vain`, as for a command that only prints, it ends
+    with the error.
 
     Attributes:
         error: the failure.
@@ -112,14 +112,14 @@ class Outlet(io.FileIO):
         self.error: OSError | None = None
 
     def write(self, data: ReadableBuffer, /) -> int:
-        """Write bytes; return how many are done with.
+        """Write bytes; return how many have been handled.
 
         Raises:
-            OSError: they cannot be written, for the first time, and all is in vain.
+            OSError: they cannot be written, for the first time, and the work is in vain.
         """
         if self.error is None:
             try:
-                return super().write(data) or 0  # None is of a pipe that is full and shall not be waited for
+                return super().write(data) or 0  # None comes from a full pipe that must not be waited for
             except OSError as error:
                 self.error = error
                 if self.vain:
@@ -128,7 +128,7 @@ class Outlet(io.FileIO):
 
 
 class Streams:
-    """The standard streams of a process of ours: all three are there, and the last words reach them or are given up."""
+    """The standard streams of one of our processes: all exist, and the last output is written or given up."""
 
     def __init__(self) -> None:
         for descriptor in range(3):
@@ -136,16 +136,16 @@ class Streams:
         self._out, self._error = Outlet(1, vain=True), Outlet(2, vain=False)
 
     def take(self) -> None:
-        """Put our streams in place; where Python found none, what is read is empty and what is written is lost."""
+        """Install our streams; if Python found none, reading gives nothing and what is written is lost."""
         if sys.stdin is None:
             sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: PTH123, SIM115 - until the process ends
-        if sys.stdout is None or sys.platform != "win32":  # whose consoles take letters, not bytes
+        if sys.stdout is None or sys.platform != "win32":  # whose consoles take characters, not bytes
             sys.stdout = _text(self._out, sys.stdout)
         if sys.stderr is None or sys.platform != "win32":
             sys.stderr = _text(self._error, sys.stderr, at_once=True)
 
     def work(self) -> None:
-        """Let the command go on whatever becomes of its words: it writes results."""
+        """Let the command continue whatever happens to its output: it writes results."""
         self._out.vain = False
 
     @property
@@ -154,7 +154,7 @@ class Streams:
         return self._out.error or self._error.error
 
     def status(self, status: int) -> int:
-        """Return the exit status of a command that would end with this one, after telling what could not be written."""
+        """Return the exit status of a command that would end with this one, after reporting lost output."""
         self.work()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
@@ -167,12 +167,12 @@ class Streams:
 
 
 def _opened(descriptor: int) -> None:
-    """See that a descriptor is open: else the next file that is opened would get what is printed."""
+    """Make sure that a descriptor is open: otherwise the next file that is opened would receive what is printed."""
     try:
         os.fstat(descriptor)
     except OSError:
         with suppress(OSError):
-            opened = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            opened = os.open(os.devnull, os.O_RDWR)  # the lowest free number
             if opened != descriptor:
                 os.dup2(opened, descriptor)
                 os.close(opened)
@@ -180,7 +180,7 @@ def _opened(descriptor: int) -> None:
 
 
 def _text(outlet: Outlet, before: Any, at_once: bool = False) -> io.TextIOWrapper:
-    """Return a stream of text that takes an outlet's place; letters that its encoding does not have are escaped."""
+    """Return a text stream in place of an outlet; characters that its encoding lacks are escaped."""
     at_once = at_once or outlet.isatty() or getattr(before, "write_through", False)  # PYTHONUNBUFFERED
     return io.TextIOWrapper(
         io.BufferedWriter(outlet),
@@ -191,10 +191,10 @@ def _text(outlet: Outlet, before: Any, at_once: bool = False) -> io.TextIOWrappe
 
 
 def leave(status: int) -> NoReturn:
-    """End this process at once, after all that was to be done at its end.
+    """End this process at once, after everything that is due at its end.
 
-    The interpreter is not taken apart: libraries in C++ whose threads still run then, or end with it, abort the process
-    ("terminate called without an active exception"), and what was done would be told as a crash.
+    The interpreter is not torn down: C++ libraries whose threads are still running then, or end with it, abort the
+    process ("terminate called without an active exception"), and finished work would be reported as a crash.
     """
     with suppress(Exception):
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads that are no daemons, as Python does

@@ -38,13 +38,13 @@ RUN_KEYS: Mapping[str, tuple[type, str]] = {
 # Settings with several values take them as `--include A B`, except these.
 REPEATED = {"target": "TARGET", "allow_hosts": "PATTERN"}  # --target A --target B
 JOINED = ("method", "bag_method", "only")  # --method A,B
-# Settings that make no difference to features, or are of those made elsewhere.
+# Settings that do not affect features, or concern only features made elsewhere.
 NOT_OF_ENCODING = (
     *("outlines", "target", "method", "bag_method", "bag_baseline", "features", "feature_patch_um", "feature_unit"),
     *("feature_axes", "feature_name", "window"),
 )
-# The settings by what they are about, common ones first: groups of the help of `explain` and of commands like it. What
-# is in none comes with the rest.
+# The settings by topic, common ones first: the groups in the help of `explain` and similar commands. Settings that are
+# in none come last.
 WHAT, HOW, SLIDE_LEVEL, READING = "what to explain", "how to explain it", "slide-level models", "how slides are read"
 WHERE, RESUME, REST = "where to run", "resuming and output", "other settings"
 GROUPS: Mapping[str, tuple[str, ...]] = {
@@ -110,7 +110,7 @@ def _help(name: str, field: FieldInfo) -> str:
 
 
 def _options(name: str, field: FieldInfo) -> dict[str, Any]:
-    """Return how argparse reads a field's flag; as text where `parse_text` does the rest."""
+    """Return how argparse reads a field's flag; as text if `parse_text` does the rest."""
     types = _types(field.annotation)
     if types == [bool]:
         return {"action": "store_true", "default": None}
@@ -140,7 +140,7 @@ def _types(annotation: Any) -> list[Any]:
 
 
 def parse_text(values: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with text turned into numbers where a field takes a pair of numbers, or a number or a word.
+    """Return settings with text turned into numbers if a field takes a pair of numbers, or a number or a word.
 
     Raises:
         ConfigError: text that is neither a number nor Y,X for a pair.
@@ -159,7 +159,7 @@ def parse_text(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parse_numbers(name: str, text: str, wanted: Any) -> tuple[float, ...]:
-    """Return the numbers of a pair, which one stands for, or of more."""
+    """Return the numbers of a pair, for which a single one may stand, or of more."""
     number: type[int] | type[float] = _types(get_args(wanted)[0])[0]
     is_pair = len(get_args(wanted)) == 2
     try:
@@ -174,7 +174,7 @@ def _parse_numbers(name: str, text: str, wanted: Any) -> tuple[float, ...]:
 
 
 def isolation(arguments: argparse.Namespace) -> Limits | None:
-    """Return the limits that the flags of a command ask for; None without --isolate.
+    """Return the limits that a command's flags ask for; None without --isolate.
 
     Raises:
         ConfigError: impossible values.
@@ -190,7 +190,7 @@ def merge_config(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return the values of `explain` by config key: flags, and those of the --config file that no flag overrides.
 
     Raises:
-        ConfigError: the file cannot be read, has an unknown key, or a value of a wrong type.
+        ConfigError: the file cannot be read, or has an unknown key or a value of the wrong type.
     """
     from wsi_gradcam.run.settings import Settings
 
@@ -231,7 +231,7 @@ def _check_type(path: Path, key: str, value: Any) -> Any:
 
 
 def add_explain(parser: argparse.ArgumentParser, settings: Iterable[str] | None = None) -> None:
-    """Add the arguments of `explain`, or with fewer `settings` those of a command like it."""
+    """Add the arguments of `explain` or, with fewer `settings`, those of a similar command."""
     wanted = list(_settings() if settings is None else settings)
     groups = {title: group(parser, title) for title in (WHAT, HOW, SLIDE_LEVEL, READING, WHERE, RESUME, REST)}
     _add_slides(groups[WHAT])
@@ -277,7 +277,7 @@ def _add_resume(where: Adding, dry_run: bool) -> None:
 
 
 def add_encode(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `encode`: those of `explain` that features depend on."""
+    """Add the arguments of `encode`: those of `explain` on which features depend."""
     add_explain(parser, [name for name in _settings() if name not in NOT_OF_ENCODING])
 
 
@@ -346,7 +346,7 @@ def add_evidence(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_judging(parser: argparse.ArgumentParser, work: str, made: str, settings: type[Any]) -> Adding:
-    """Add what commands have in common that judge a run, and return the group of comparisons and limits."""
+    """Add the arguments that commands judging a run have in common; return the group of comparisons and limits."""
     from pydantic.fields import FieldInfo
 
     what, compared, where = (group(parser, title) for title in (f"what to {work}", "comparisons and limits", WHERE))
@@ -410,7 +410,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def add_view(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of `view`, which isolates unless told otherwise."""
+    """Add the arguments of `view`, which isolates slides unless told otherwise."""
     add = parser.add_argument
     add("out", help="folder of results, or s3://BUCKET/KEY")
     add("second", nargs="?", metavar="out2", help="results of another run over the same slides, to compare")
@@ -480,7 +480,7 @@ def _add_remote_slides(parser: Adding) -> None:
 
 
 def _add_isolate(parser: Adding) -> None:
-    """Add the flags of readers in processes of their own, as `explain` has them."""
+    """Add the flags for reading slides in separate processes, as for `explain`."""
     add_settings(parser, ISOLATION)
 
 

@@ -47,7 +47,7 @@ NO_PLACE = {errno.EACCES, errno.EEXIST, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 class Command:
     """A command: the help in the list of commands, its arguments, and the function that runs it.
 
-    `examples` end its own help, which `description` begins; `usage` is what must be given.
+    Its own help begins with `description` and ends with `examples`; `usage` is what must be given.
     """
 
     help: str
@@ -56,14 +56,14 @@ class Command:
     usage: str
     description: str
     examples: tuple[str, ...]
-    works: bool = False  # what it writes is files, so that it goes on where nobody reads its words
+    works: bool = False  # it writes files, so it continues even if nobody reads its output
     stoppable: bool = False  # SIGINT and SIGTERM stop it once the work in progress is finished
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return 0 for all done, 1 if some slides failed or the run broke off, 2 for no start.
+    """Run the command line; return 0 if all is done, 1 if slides failed or the run broke off, 2 if nothing could start.
 
-    Stopped by SIGINT or SIGTERM it returns 130 or 143, once the work in progress is finished.
+    If stopped by SIGINT or SIGTERM, it returns 130 or 143 once the work in progress is finished.
     """
     if argv is None:
         _main_of_process()
@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main_of_process() -> NoReturn:
-    """Run the command line in a process of its own, and end that with the status."""
+    """Run the command line in a process of its own, and end the process with the status."""
     streams = Streams()
     streams.take()
     try:
@@ -83,7 +83,7 @@ def _main_of_process() -> NoReturn:
             supervise()
             stoppable = STOP.handle_signals()
         status = _run(arguments, stoppable)
-    except SystemExit as end:  # of wrong arguments, or of the process that waits
+    except SystemExit as end:  # from wrong arguments, or in the waiting process
         status = end.code if isinstance(end.code, int) else DONE
     except OSError:
         if not streams.failed:
@@ -93,10 +93,10 @@ def _main_of_process() -> NoReturn:
 
 
 def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None]) -> int:
-    from wsi_gradcam.io.urls import allowing  # not in the process that only waits
+    from wsi_gradcam.io.urls import allowing  # not in the waiting process
     from wsi_gradcam.system.confinement import isolating
 
-    if logging.lastResort is not None:  # what is logged and has no other handler is printed by this
+    if logging.lastResort is not None:  # records without any other handler are printed by this one
         logging.lastResort.setFormatter(PrintableFormatter())
     hosts = getattr(arguments, "allow_hosts", None)
     try:
@@ -114,7 +114,7 @@ def _run(arguments: argparse.Namespace, stoppable: AbstractContextManager[None])
 
 
 def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """Return the parser of these arguments: only the commands named in them have flags, as some take time to make."""
+    """Return the parser for these arguments: only commands named in them get flags, because some take time to make."""
     parser = Parser(
         prog="wsi-gradcam",
         description="Show where a model looks on whole slides, and whether that explanation can be believed.",
@@ -138,7 +138,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 
 class BrokenOffError(WsiGradcamError):
-    """A run had begun and could not go on: the disk is full, the cluster is gone. What is finished is kept."""
+    """A run that had begun and could not continue: the disk is full, the cluster is gone. Finished work is kept."""
 
 
 def _explain(arguments: argparse.Namespace) -> int:
@@ -170,7 +170,7 @@ def _encode(arguments: argparse.Namespace) -> int:
 
 
 def _of_run(arguments: argparse.Namespace) -> tuple[Any, ...]:
-    """Return slides, model, out, settings, where it runs, and patterns of ids, of flags and the --config file.
+    """Return slides, model, out, settings, where to run, and patterns of ids, from the flags and the --config file.
 
     Raises:
         ConfigError: one of the first three is missing, or a value is wrong.

@@ -58,9 +58,9 @@ if TYPE_CHECKING:
     from wsi_gradcam.tissue.stain import Stain
 
 MIB, GIB = 1 << 20, 1 << 30
-MAX_SLIDES = 5  # that are named for one cause
+MAX_SLIDES = 5  # slides that are named for one cause
 MAX_LISTED = 20  # classes, layers
-MOST_LOOKED_AT_PX = 1 << 28  # of a slide's smallest level: some seconds
+MOST_LOOKED_AT_PX = 1 << 28  # pixels of a slide's smallest level: a few seconds
 ANY = "any"  # for --fail-on
 
 
@@ -69,7 +69,7 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     if as_json:
         records = [asdict(record) for record in outcome.records]
         for record in records:
-            del record["slide"]["url"]  # it may hold secrets; the path is what may be shown of it
+            del record["slide"]["url"]  # it may contain secrets; the path is what may be shown
         print(json.dumps({"out": str(outcome.out), "slides": records}, indent=1))
         return
     counts = {s: sum(r.status == s for r in outcome.records) for s in {r.status for r in outcome.records}}
@@ -251,7 +251,7 @@ def slide_info(path: str) -> dict[str, Any]:
 
 
 def result_info(path: str) -> dict[str, Any]:
-    """Describe the results in a folder, with the answers of a slide-level model; empty where there are none."""
+    """Describe the results in a folder, with the answers of a slide-level model; empty if there are none."""
     if not is_result(path):
         return {}
     result = open_result(path)
@@ -274,7 +274,7 @@ def result_info(path: str) -> dict[str, Any]:
 
 
 def is_result(path: str) -> bool:
-    """Return whether a folder, here or in an object store, holds results."""
+    """Return whether a folder, local or in an object store, contains results."""
     if Path(path).suffix.lower() in SUFFIXES or (is_url(path) and not path.startswith(f"{S3}:")):
         return False
     return RunFolder(storage_path(path)).run.is_file()
@@ -330,9 +330,9 @@ def mask_info(path: str, out: Path, values: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_info(model: str, layer: str | None, trust_code: bool = False) -> dict[str, Any]:
-    """Describe a model: also its layers that can be explained, and the self-test of the one that would be.
+    """Describe a model, with the layers that can be explained and the self-test of the one that would be.
 
-    Of a model whose loading runs code, only what can be told without loading it, unless that is allowed.
+    For a model whose loading runs code, only what can be found out without loading it, unless loading is allowed.
     """
     if is_slide_model(model):
         return _slide_model_info(read_slide_model(model).trusting(trust_code), layer)
@@ -410,7 +410,7 @@ def _slide_model_info(spec: SlideModelSpec, layer: str | None) -> dict[str, Any]
 
 
 def _why_not(aggregator: LoadedAggregator, method: str) -> str:
-    """Return why an aggregator does not have a bag method; "" where it does."""
+    """Return why an aggregator does not have a bag method; "" if it does."""
     from wsi_gradcam.mil.attribution import check_methods
 
     try:
@@ -421,7 +421,7 @@ def _why_not(aggregator: LoadedAggregator, method: str) -> str:
 
 
 def _unloaded(spec: ModelSpec) -> dict[str, Any]:
-    """Describe a model by its model file and the digest of its file alone."""
+    """Describe a model from its model file and its file's digest only."""
     from wsi_gradcam.models.load import check_files
 
     digest = check_files(spec, always=True)
@@ -453,7 +453,7 @@ def _shortened(texts: Sequence[str], between: str) -> str:
 
 
 def print_validation(out: str, validation: Validation, as_json: bool) -> None:
-    """Print what `validate` found, and what it could not look at."""
+    """Print what `validate` found, and what it could not check."""
     findings = validation.findings
     if as_json:
         print(json.dumps([finding.__dict__ for finding in findings]))
@@ -489,7 +489,7 @@ def parse_window(text: str) -> tuple[float, float]:
     """Return the two ends of a window, "LOW,HIGH".
 
     Raises:
-        ConfigError: it is something else.
+        ConfigError: it is anything else.
     """
     try:
         low, high = map(float, text.split(","))

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.types import SlideRecord, Workload
 
 LINE_EVERY_S = 30.0
-DRAW_EVERY_S = 0.2  # of a notebook: each drawing is a message to the browser
+DRAW_EVERY_S = 0.2  # in a notebook: each update is a message to the browser
 NOTEBOOK_LINES = 6
 MAX_WORKERS_LISTED = 8
 
@@ -38,7 +38,7 @@ class Quiet(RunListener):
     began = False
 
     def run_started(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
-        """Record that the work begins: after an error there may be finished slides."""
+        """Record that the work begins: after an error, there may be finished slides."""
         self.began = True
 
 
@@ -62,7 +62,7 @@ class Lines(Quiet):
             self.print_line(f"dashboard {dashboard}")
 
     def task_done(self, task: Task, performed: Performed) -> None:
-        """Count patches, and print the pace now and then."""
+        """Count patches, and print the pace from time to time."""
         self.progress.task_done(task, performed)
         if isinstance(performed.result, Planned):
             self.print_line(f"{task.slide.id}: {performed.result.patches} patches, {performed.result.left} to do")
@@ -70,7 +70,7 @@ class Lines(Quiet):
             self.print_line(pace(self.progress, whole=True))
 
     def task_failed(self, task: Task, performed: Performed) -> None:
-        """Print what is tried again; other failures end their slide, and are printed then."""
+        """Print tasks that are tried again; other failures end their slide, and are printed then."""
         self.progress.task_done(task, performed)
         if performed.again:
             self.print_line(f"{task.slide.id}: {task} is being retried: {performed.error}")
@@ -118,7 +118,7 @@ class Bars(Lines):
         else:
             self.progress.slide_done(record)
         self._bars.update(self._slide_bar, completed=self.progress.slides_done)
-        self._show_patches()  # of a slide that could not be planned none are expected any more
+        self._show_patches()  # no patches are expected any more from a slide that could not be planned
 
     def _show_patches(self) -> None:
         done, expected = self.progress.passes
@@ -238,7 +238,7 @@ def _engine_line(choice: Choice) -> str:
 
 
 def _decode_words(choice: Choice) -> str:
-    """Return how tiles are decoded, where that was asked for."""
+    """Return how tiles are decoded, if that was asked for."""
     trial = choice.decode_trial
     if trial is None:
         return "" if choice.decode == EXACT else "; tiles are reduced while being decoded"

@@ -1,5 +1,5 @@
-"""The demo: explains real tissue with a model that comes with the package, and measures how well the heatmap agrees.
+"""The demo: explains real tissue with a bundled model, and measures how well the heatmap agrees with the truth.
 
-`run` has the two examples, `layout` and `slide` make a whole slide of a micrograph. Nothing is downloaded. It uses the
-public calls as any program does; the command line prints what it returns.
+`run` has the examples, and `slide` makes a whole slide from a micrograph. Nothing is downloaded. The demo uses the
+public functions like any other program; the command line prints what it returns.
 """

@@ -1,8 +1,8 @@
-"""The examples of `wsi-gradcam demo`, and how well a heatmap agrees with what is known of them.
+"""The examples of `wsi-gradcam demo`, and how well a heatmap agrees with what is known about them.
 
-One is an H&E slide of four crops of an oral tumour, on which pathologists outlined the tumour; one an
-immunohistochemistry slide made of scikit-image's micrograph, whose brown stain is the truth for each pixel; and one an
-H&E slide of the user.
+One is an H&E slide made from four crops of an oral tumour, on which pathologists outlined the tumour; one is an
+immunohistochemistry slide made from scikit-image's micrograph, whose brown stain is the truth for each pixel; and one
+is the user's own H&E slide.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Example:
         out: the folder of the results.
         model, target: the bundled model and the class that is explained.
         overlap: share of a patch that its neighbour covers too.
-        layout: of a slide that was made here; None for a slide of the user.
+        layout: layout of a slide that was made here; None for the user's own slide.
         outlines: GeoJSON of what pathologists outlined on it, if any.
     """
 
@@ -82,10 +82,10 @@ class Agreement:
     """How well the channels of a heatmap agree with a truth.
 
     Attributes:
-        truth: what is taken for true, in words.
+        truth: what is taken as the truth, in words.
         where: names of the parts of the slide.
-        auc: by channel, the area under the ROC curve in each part, a heatmap pixel being one case.
-        note: what one must know of it.
+        auc: by channel, the area under the ROC curve in each part, with heatmap pixels as cases.
+        note: what one must know to read it.
     """
 
     truth: str
@@ -112,9 +112,9 @@ def make_he_example(out: Path) -> Example:
 
 
 def read_crops() -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
-    """Return the unseen crops side by side and enlarged, RGB uint8 [h, n * h, 3], and where their tumour is, bool.
+    """Return the unseen crops side by side and enlarged, RGB uint8 [h, n * h, 3], and the mask of their tumour, bool.
 
-    From the OCDC data set, https://doi.org/10.17632/9bsc36jyrt (CC BY 4.0); masks are JPEG and cut at half of 255.
+    From the OCDC data set, https://doi.org/10.17632/9bsc36jyrt (CC BY 4.0); masks are JPEG, thresholded at half of 255.
     """
     side = CROP_PX * ENLARGED
     opened = [[Image.open(CROPS / f"{name}-{kind}.jpg") for name in UNSEEN] for kind in ("tissue", "mask")]
@@ -137,12 +137,12 @@ def make_ihc_example(out: Path) -> Example:
 
 
 def given_example(slide: Path, out: Path) -> Example:
-    """Return an H&E slide of the user, for the model that finds oral tumours."""
+    """Return the user's own H&E slide, for the model that finds oral tumours."""
     return Example(slide, RunFolder(LocalPath(out / "oral-tumour")), "oral-tumour", "tumour", 0.5)
 
 
 def explain_example(example: Example, workers: int | None, mpp: float | None, listener: RunListener) -> Outcome:
-    """Explain the slide, also if it was explained before; `mpp` replaces the micrometres per pixel of its file.
+    """Explain the slide, even if it was explained before; `mpp` replaces the micrometres per pixel of its file.
 
     Raises:
         StoreError: the output cannot be written.
@@ -164,7 +164,7 @@ def explain_example(example: Example, workers: int | None, mpp: float | None, li
 
 
 def audit_example(example: Example) -> AuditOutcome:
-    """Audit the explanations of an outlined slide briefly: are they faithful, and do they agree with the outlines?"""
+    """Briefly audit the explanations of an outlined slide: are they faithful, and do they agree with the outlines?"""
     return audit_run(
         example.out.place,
         target=example.target,
@@ -187,17 +187,17 @@ def lay_out_slide(path: Path) -> tuple[Path, Layout]:
 def micrograph() -> NDArray[np.uint8]:
     """Return the micrograph, RGB uint8 [512, 512, 3]: colonic glands, FHL2 in brown (DAB), haematoxylin, bare glass.
 
-    Acquired at the Center for Microscopy and Molecular Imaging; no known copyright restrictions. The file
-    is in the scikit-image wheel: nothing is downloaded. Its pixel size is not known; the demo takes 0.5 mpp.
+    Acquired at the Center for Microscopy and Molecular Imaging; no known copyright restrictions. The file is in the
+    scikit-image wheel: nothing is downloaded. Its pixel size is not known; the demo assumes 0.5 mpp.
     """
     return cast(NDArray[np.uint8], skimage.data.immunohistochemistry())
 
 
 def dab_positive(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return True where there is DAB, bool [H, W], of an RGB image, uint8 [H, W, 3].
+    """Return where there is DAB, bool [H, W], in an RGB image, uint8 [H, W, 3].
 
-    The DAB channel of colour deconvolution (Ruifrok and Johnston 2001; scikit-image's matrix and units),
-    smoothed by ``DAB_SIGMA_PX`` and cut at ``DAB_THRESHOLD``. White has no density and is negative.
+    The DAB channel of colour deconvolution (Ruifrok and Johnston 2001; scikit-image's matrix and units), smoothed by
+    ``DAB_SIGMA_PX`` and thresholded at ``DAB_THRESHOLD``. White has no density and is negative.
     """
     density = np.clip(rgb2hed(rgb)[..., 2], 0.0, MAX_DENSITY)
     smooth = gaussian_filter(density, DAB_SIGMA_PX)
@@ -205,7 +205,7 @@ def dab_positive(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def agreement(folder: SlideFolder, example: Example) -> Agreement | None:
-    """Return how well the heatmap agrees with what is known of the slide; None for a slide of the user."""
+    """Return how well the heatmap agrees with what is known about the slide; None for the user's own slide."""
     if example.layout is None:
         return None
     measure = agreement_with_stain if example.outlines is None else agreement_with_outlines
@@ -255,7 +255,7 @@ def _cells(layout: Layout, source: NDArray[np.bool_], stride: int) -> NDArray[np
 
 
 def majority(mask: NDArray[np.bool_], stride: int) -> NDArray[np.bool_]:
-    """Return True for each `stride` x `stride` cell that is mostly True, [ceil(h / stride), ceil(w / stride)]."""
+    """Return whether each `stride` x `stride` cell is mostly True, [ceil(h / stride), ceil(w / stride)]."""
     height, width = mask.shape
     padded = np.pad(mask, ((0, -height % stride), (0, -width % stride)))
     cells = padded.reshape(padded.shape[0] // stride, stride, padded.shape[1] // stride, stride)

@@ -21,7 +21,7 @@ import tifffile
 from wsi_gradcam.errors import ConfigError, MppError
 
 GLASS_RGB = (243, 242, 245)
-STRIP_PX = 256  # rows painted or shrunk at a time, so that temporaries stay at tens of MB
+STRIP_PX = 256  # rows painted or downsampled at a time, so that temporaries stay at tens of MB
 
 Compression = Literal["jpeg", "deflate"]
 Image = npt.NDArray[Any]
@@ -42,21 +42,21 @@ def write_slide(
 ) -> Path:
     """Write a tiled pyramidal TIFF that OpenSlide opens as `generic-tiff`, and return its path.
 
-    Levels are top-level pages, all but the first marked as reduced; a level of downsample d has
-    ceil(height / d) x ceil(width / d) pixels, each the mean of the level-0 pixels under it. The resolution
-    tags hold the mpp. The file takes its name only when it is whole; equal input gives equal bytes.
+    Levels are top-level pages, all but the first marked as reduced; a level of downsample d has ceil(height / d) x
+    ceil(width / d) pixels, each the mean of the level-0 pixels under it. The resolution tags hold the mpp. The file
+    gets its name only when it is complete; equal input gives equal bytes.
 
     Args:
         path: the file to write; an existing one is replaced.
         level0: [height, width, 3] uint8 RGB.
         mpp: micrometres per pixel of level 0, one number or (y, x).
         tile_px: side of a tile, a multiple of 16 (TIFF 6.0, section 15).
-        levels: how many levels, level 0 included; None stops when a level fits into 2 x 2 tiles.
+        levels: number of levels, including level 0; None stops when a level fits into 2 x 2 tiles.
         downsample: the factor from each level to the next, or the downsample of every further level against
             level 0, such as (4, 16) or (3, 7).
         background: RGB of the padding in tiles that reach over the edge.
         compression: "jpeg" (YCbCr 4:2:0, lossy), "deflate" or None (both lossless).
-        quality: of JPEG, 1..100.
+        quality: JPEG quality, 1..100.
 
     Raises:
         ConfigError: for an image, tile size, compression or pyramid that cannot be written.
@@ -96,7 +96,7 @@ def write_slide(
 def shrink(image: Image, factor: int) -> Image:
     """Return the mean of each block of factor x factor px, rounded half up, [ceil(h / factor), ceil(w / factor), ...].
 
-    Blocks cut by the bottom or right edge are the mean of the pixels they have. uint8 in, uint8 out.
+    Blocks that are cut off by the bottom or right edge are the mean of the pixels they have. uint8 in, uint8 out.
 
     >>> shrink(np.array([[0, 10, 7], [20, 30, 9]], np.uint8), 2)
     array([[15,  8]], dtype=uint8)
@@ -186,7 +186,7 @@ def _downsamples(
 
 
 GLASS_NOISE = 1.5  # standard deviation in grey levels; enough that glass is never a flat colour
-GRID_PX = 16  # spacing of the nodes that hold a piece's outline
+GRID_PX = 16  # spacing of the nodes that define a piece's outline
 
 
 @dataclass(frozen=True, eq=False)
@@ -195,7 +195,7 @@ class Piece:
 
     Attributes:
         top, left, height, width: the box, px; boxes of one layout do not overlap.
-        turned: the source lies a quarter turn anticlockwise. (A mirror tiling holds the other orientations.)
+        turned: whether the source is turned a quarter anticlockwise. (A mirror tiling contains the other orientations.)
         phase: (y, x) px by which the mirror tiling is shifted.
         depth_px: [ceil(height / GRID_PX) + 1, ceil(width / GRID_PX) + 1] float32 at nodes GRID_PX apart;
             about the distance to the outline, positive inside.
@@ -210,7 +210,7 @@ class Piece:
     depth_px: npt.NDArray[np.float32]
 
     def source(self, image: Image) -> tuple[Image, npt.NDArray[np.intp], npt.NDArray[np.intp]]:
-        """Return the image as it lies [h, w, ...], and its visible rows [height] and columns [width]."""
+        """Return the image in its orientation [h, w, ...], and its visible rows [height] and columns [width]."""
         image = np.rot90(image) if self.turned else image
         rows = mirrored(np.arange(self.height) + self.phase[0], image.shape[0])
         columns = mirrored(np.arange(self.width) + self.phase[1], image.shape[1])
@@ -248,11 +248,11 @@ class Layout:
         Args:
             image: [h, w] or [h, w, c] of the layout's `source_size`, any dtype.
             background: a value or a colour [c].
-            soft: fade into the background over `edge_px`, as a picture needs; otherwise each pixel is wholly
-                the image's (where tissue covers at least half of it) or the background's, as labels need.
+            soft: fade into the background over `edge_px`, as a picture needs; otherwise each pixel is entirely the
+        image's (where tissue covers at least half of it) or the background's, as labels need.
 
         Raises:
-            ConfigError: when the image has not the layout's source size.
+            ConfigError: if the image does not have the layout's source size.
         """
         canvas = np.empty((*self.size, *image.shape[2:]), image.dtype)
         canvas[:] = np.asarray(background, image.dtype)
@@ -276,7 +276,7 @@ class Layout:
                     _cover(strip, source[rows[y : y + STRIP_PX, None], columns], cover, soft)
 
     def tissue(self) -> npt.NDArray[np.bool_]:
-        """Return True where the canvas [height, width] is tissue."""
+        """Return where the canvas is tissue, bool [height, width]."""
         return self.paint(np.ones(self.source_size, np.bool_), False)
 
 
@@ -310,12 +310,12 @@ def plan_layout(
     Args:
         source_size: (height, width) of the images to paint, px.
         size: (height, width) of the canvas, px.
-        glass_px: least width of the glass along the canvas's border and round each piece; None takes 1/32 of
-            the shorter side.
+        glass_px: least width of the glass along the canvas's border and around each piece; None means 1/32 of the
+        shorter side.
         seed: equal seeds give equal layouts.
 
     Raises:
-        ConfigError: when the canvas is too small for its pieces and their glass.
+        ConfigError: if the canvas is too small for its pieces and their glass.
     """
     height, width = size
     glass_px = min(size) // 32 if glass_px is None else glass_px
@@ -342,7 +342,7 @@ def plan_cores(count: int, side_px: int, size: tuple[int, int]) -> Layout:
     corners that leaves out the crop's outermost pixels.
 
     Raises:
-        ConfigError: when the canvas has no room for them.
+        ConfigError: if the canvas has no room for them.
     """
     gap_x, gap_y = (size[1] - count * side_px) // (count + 1), (size[0] - side_px) // 2
     if min(gap_x, gap_y) < 0:
@@ -373,7 +373,7 @@ def quadrants(size: tuple[int, int]) -> npt.NDArray[np.uint8]:
 
 
 def mirrored(index: npt.NDArray[np.intp], length: int) -> npt.NDArray[np.intp]:
-    """Return the index into an axis of that length which is repeated without end, every second copy mirrored.
+    """Return indices into an axis of this length that is repeated endlessly, with every second copy mirrored.
 
     >>> mirrored(np.arange(-2, 7), 3).tolist()
     [1, 0, 0, 1, 2, 2, 1, 0, 0]
@@ -385,7 +385,7 @@ def mirrored(index: npt.NDArray[np.intp], length: int) -> npt.NDArray[np.intp]:
 def _plan_piece(
     box: tuple[int, int, int, int], turned: bool, source_size: tuple[int, int], glass_px: int, rng: np.random.Generator
 ) -> Piece:
-    """Return a piece that fills its (top, left, height, width) box with an ellipse of wavy outline."""
+    """Return a piece that fills its (top, left, height, width) box with a wavy ellipse."""
     top, left, height, width = box
     y = np.arange(-(-height // GRID_PX) + 1)[:, None] * GRID_PX
     x = np.arange(-(-width // GRID_PX) + 1) * GRID_PX

@@ -43,9 +43,7 @@ STRONGEST = 99.0  # percentile of the concentrations
 NARROWEST_DEG = 10.0
 LEAST_DENSITY = -0.05  # density of a unit stain in any channel; real stains have 0.09 or more
 WEAKEST = 0.15  # concentration; slides have 0.5 or more
-CHUNK_PX = (
-    1 << 16
-)  # pixels that are changed at once: this takes half as long as a whole batch, which exceeds the processor's cache
+CHUNK_PX = 1 << 16  # pixels at once: half the time of a whole batch
 
 # Reinhard's method.
 NODES = 65  # size of the look-up table along each of red, green and blue: Pillow's maximum
