@@ -1,9 +1,9 @@
-"""The channels of a heatmap by name, one display window for all slides of a run so that colours compare, and colours.
+"""The channels of a heatmap by name, one display window for all slides of a run, and colours.
 
-`display.json` beside run.yaml holds, for each channel, a sketch of the values of all explained pixels of all slides and
-the window that follows from it. It is created on first use and updated when there are new slides: only these are read.
-Nothing else depends on it, and it may be deleted. A sketch is a histogram of float32 values without parameters, so that
-those of all slides can be added.
+One window for all slides makes their colours comparable. `display.json` beside run.yaml has, for each channel, a sketch
+of the values of all explained pixels of all slides and the window that follows from it. It is created on first use and
+updated when there are new slides: only these are read. Nothing else depends on it, and it may be deleted. A sketch is a
+histogram of float32 values without parameters, so that those of all slides can be added.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class ChannelInfo:
         number: its index in the image.
         label: "METHOD: TARGET" or "probability: TARGET"; for slide-level models also "relevance: TARGET" and
             "attention".
-        method: what made it: a method's name, "probability", "relevance" or "attention".
+        method: its origin: a method's name, "probability", "relevance" or "attention".
         target: the class, or another target, by name.
         unit: "logit", "drop" (logits lost where covered), "arbitrary", or "probability".
         minimum, maximum: range of its values in this slide.
@@ -89,7 +89,7 @@ def unit_of(label: str) -> str:
 
 
 def find_channel(channels: Sequence[ChannelInfo], name: str | int | ChannelInfo, where: str) -> ChannelInfo:
-    """Return the channel labelled `name`, else the first that explains the target `name`; or a channel by its number.
+    """Return the channel labelled `name`, or else the first that explains the target `name`; or a channel by number.
 
     Raises:
         UnknownNameError: there is none; the message suggests similar names.
@@ -149,10 +149,10 @@ MIN_WINDOW = 1.0  # logits
 def window_end(top: float, unit: str, floor: float = MIN_WINDOW) -> float:
     """Return the upper end of the window of an explanation whose `QUANTILE` is `top`; the window begins at 0.
 
-    Values below 0 speak against the class and stay dark: this is Grad-CAM's ReLU, as a view. The window is never
+    Values below 0 are evidence against the class and stay dark: this is Grad-CAM's ReLU, as a view. The window is never
     narrower than one logit, so that a slide without evidence looks cold and its noise is not stretched to hot; methods
-    whose means are not logits have no such floor: what one covered window costs may be a hundredth of a logit. Nor has
-    a slide-level model, whose logit is shared by all patches, that of one patch; see `window_floor`.
+    whose means are not logits have no such floor: covering one window may cost a hundredth of a logit. Nor do
+    slide-level models, whose logit is shared by all patches, have the floor of a patch model; see `window_floor`.
 
     >>> window_end(0.2, "logit"), window_end(0.2, "drop"), window_end(0.2, "arbitrary"), window_end(-3.0, "arbitrary")
     (1.0, 0.2, 0.2, 1.0)
@@ -173,7 +173,7 @@ BINS = 1 << 16
 SIGN = np.uint32(1 << 31)
 STEPS = 256
 GRAY = "gray"
-# Of annotations: light, so that with a dark edge they are seen on glass, tissue and the colours of maps.
+# Colours of annotations: light, so that with a dark edge they are visible on glass, tissue and the colours of maps.
 OUTLINE_COLOURS = ("ffffff", "56b4e9", "f0e442", "4de2a0", "ff9ad5", "ffb000")
 FADE = 0.25  # the share of the window over which colours reach their full opacity
 
@@ -204,7 +204,7 @@ class Sketch:
         return int(self.counts.sum())
 
     def quantile(self, share: float) -> float:
-        """Return the value below which `share` of all values lie, by linear interpolation in its bin; NaN for none.
+        """Return the value below which `share` of all values lie, interpolated linearly in its bin; NaN if none.
 
         It is off by less than a bin, 1/128 of the value.
         """
@@ -264,15 +264,15 @@ def _value(ordered: int) -> float:
 
 
 VERSION = 1
-# Of each slide the finest level of at most this many pixels is read: a 100-gigapixel slide costs no more than a small
-# one, and a level's pixels count for as many as they stand for.
+# Of each slide, the finest level with at most this many pixels is read: a 100-gigapixel slide costs no more than a
+# small one, and a level's pixels are weighted by how many they represent.
 STATISTICS_PX = 1 << 22
 
 Progress = Callable[[int, int], None]
 
 
 class Explained(Protocol):
-    """A slide whose values are counted: a `SlideResult`."""
+    """A slide whose values are counted, such as a `SlideResult`."""
 
     @property
     def id(self) -> str:
@@ -304,9 +304,9 @@ class Explained(Protocol):
 def run_windows(
     slides: Iterable[Explained], place: StoragePath, run_digest: str, progress: Progress | None = None
 ) -> dict[str, tuple[float, float]]:
-    """Return the window (low, high) of each channel by label, over all finished slides; it is stored at `place`.
+    """Return the window (low, high) of each channel by label, over all finished slides; windows are stored at `place`.
 
-    Probabilities run from 0 to 1; explanations, as on a single slide, from 0 to the 99.5 % quantile (see `window_end`)
+    Probabilities run from 0 to 1; explanations, as on a single slide, from 0 to the 99.5% quantile (see `window_end`)
     of all explained pixels of the run. Slides that cannot be read are left out and listed in the file. If the file
     cannot be written, the windows are computed each time.
 
@@ -317,7 +317,7 @@ def run_windows(
     keys = {name: _key(slide) for name, slide in finished.items()}
     stored = _stored(place, run_digest)
     known: dict[str, str] = stored["slides"] if stored else {}
-    if any(keys.get(name) != key for name, key in known.items()):  # one was made again, or is gone
+    if any(keys.get(name) != key for name, key in known.items()):  # a slide was explained again, or is gone
         stored, known = None, {}
     sketches = (
         {label: (unit_of(label), Sketch.from_json(c)) for label, c in stored["channels"].items()} if stored else {}
@@ -398,7 +398,7 @@ def _stored(place: StoragePath, run_digest: str) -> dict[str, Any] | None:
 
 
 def display_problems(data: bytes) -> Iterator[str]:
-    """Yield the problems of a display.json's bytes; older versions wrote it without a seal."""
+    """Yield the problems with a display.json's bytes; older versions wrote it without a seal."""
     mend = "delete it; it is created again when needed"
     if seal_of(data) is Seal.BROKEN:
         yield f"display.json differs from what was written; {mend}"
@@ -445,7 +445,7 @@ class Colouring:
         return np.asarray(np.clip(scaled, 0, STEPS - 1), np.uint8)
 
     def shown(self, values: NDArray[np.float32], flags: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Return True where pixels were explained and their values reach the threshold."""
+        """Return where pixels were explained and their values reach the threshold."""
         explained = (flags & EXPLAINED) > 0
         return explained if self.threshold is None else explained & (values >= np.float32(self.threshold))
 
@@ -462,14 +462,14 @@ class Colouring:
         return out
 
     def _opacity(self, values: NDArray[np.float32]) -> NDArray[np.uint8]:
-        """Return opacities; without a threshold they rise over the lowest part of the window: tissue stays visible."""
+        """Return opacities; without a threshold, they rise over the lowest part of the window: tissue stays visible."""
         if self.threshold is not None:
             return np.full(values.shape, round(255 * self.alpha), np.uint8)
         share = np.clip((values - np.float32(self.low)) / np.float32((self.high - self.low) * FADE), 0, 1)
         return np.asarray(np.rint(share * np.float32(255 * self.alpha)), np.uint8)
 
     def gray(self, values: NDArray[np.float32], flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return gray levels [h, w]: 1 to 255 over the window, 0 where nothing is shown."""
+        """Return grey levels [h, w]: 1 to 255 over the window, 0 where nothing is shown."""
         return np.where(self.shown(values, flags), np.maximum(self.steps(values), 1), 0).astype(np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""The features of a slide's patches, `features.zarr`, and what the aggregator of a slide-level model says of each."""
+"""The features of a slide's patches, `features.zarr`, and what a slide-level model's aggregator says about each."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class BagShape:
         features: D, of a feature vector.
         methods: M, of bag methods.
         targets: T.
-        heads: H, of attention; 0 where there is none.
+        heads: H, of attention; 0 if there is none.
         classes: K.
         maps: targets that are explained down to pixels: T or 0.
         precision: dtype of the features.
@@ -52,14 +52,14 @@ class BagShape:
 
 
 class FeatureStore:
-    """Reads and writes `features.zarr`: feature vectors of a slide's patches, and what each is worth to its answer.
+    """Reads and writes `features.zarr`: feature vectors of a slide's patches, and their contributions to its answer.
 
     Arrays: `features` [N, D] and `status` uint8 [N] (as in `PatchStore`), span by span; then, of the whole bag,
-    float32: `relevance` [N, M, T] by bag method and target, `attention` [N, H] (weights whose sum is 1),
-    `coefficients` [N, T, D], by which a patch's features are weighed down to its pixels, and `logits` [N, K], the
-    answer to a bag of that patch alone. An unreadable patch is no part of the bag and has zeros.
-    Of features made elsewhere also `boxes` float64 [N, 4]: y, x, height, width of each patch in level-0 px.
-    `coefficients` are there where patches are explained down to their pixels.
+    float32: `relevance` [N, M, T] by bag method and target, `attention` [N, H] (weights whose sum is 1), `coefficients`
+    [N, T, D], which weight a patch's features when it is explained down to its pixels, and `logits` [N, K], the answer
+    to a bag of that patch alone. An unreadable patch is not part of the bag and has zeros. For features made elsewhere,
+    there is also `boxes` float64 [N, 4]: y, x, height, width of each patch in level-0 px. `coefficients` exist if
+    patches are explained down to their pixels.
     """
 
     def __init__(self, place: StoragePathLike, *, read_only: bool = False) -> None:
@@ -77,9 +77,9 @@ class FeatureStore:
         boxes: NDArray[np.float64] | None = None,
         keep: bool = False,
     ) -> None:
-        """Create a store of `count` patches, whose `boxes` are kept.
+        """Create a store for `count` patches, and keep their `boxes`.
 
-        One that stood at `place` is replaced; with `keep` but for its features, which are of the same patches.
+        An existing one at `place` is replaced; with `keep`, all but its features, which belong to the same patches.
         """
         arrays: dict[str, tuple[tuple[int, ...], str, tuple[str, ...]]] = {
             "features": ((shape.features,), shape.precision, ("feature",)),
@@ -124,16 +124,16 @@ class FeatureStore:
         return np.asarray(self._group.array(name)[start:stop])
 
     def arrays(self, *names: str) -> list[Any]:
-        """Return arrays as they are stored, of which nothing is read yet."""
+        """Return arrays as they are stored, without reading anything yet."""
         return [self._group.array(name) for name in names]
 
     @property
     def attributes(self) -> dict[str, Any]:
-        """What is known of the arrays: the encoder, and names of methods, targets, classes and heads of attention."""
+        """What is known about the arrays: the encoder; names of methods, targets, classes and attention heads."""
         return dict(self._group.group.attrs)
 
     def columns(self, start: int, stop: int) -> list[NDArray[Any]]:
-        """Read what `patches.parquet` has of the bag, in the order of its columns, [n] each."""
+        """Read what `patches.parquet` has about the bag, in the order of its columns, [n] each."""
         relevance = self.read("relevance", start, stop)
         columns = list(relevance.reshape(len(relevance), -1).T)
         return columns + (list(self.read("attention", start, stop).T) if self.has("attention") else [])
@@ -166,7 +166,7 @@ class FeatureStore:
 
 
 def encoding_problems(store: FeatureStore, manifest: Manifest, plan: SlidePlan) -> Iterator[str]:
-    """Yield what is wrong with features that were made of a slide whose patches are not explained yet."""
+    """Yield what is wrong with the features of a slide whose patches are not explained yet."""
     records = manifest.records("features")
     for number, (start, stop) in enumerate(plan.spans):
         record = records.get(span_name(number))
@@ -177,12 +177,12 @@ def encoding_problems(store: FeatureStore, manifest: Manifest, plan: SlidePlan) 
 
 
 class Bag:
-    """The features of a slide's readable patches, as rows that are read when they are asked for.
+    """The features of a slide's readable patches, as rows that are read on demand.
 
     Attributes:
         rows: numbers of the patches, int64 [n].
         shape: (n, D).
-        dtype: of the features.
+        dtype: type of the features.
     """
 
     def __init__(self, store: FeatureStore) -> None:
@@ -210,7 +210,7 @@ def create_store(
     boxes: NDArray[np.float64] | None = None,
     keep: bool = False,
 ) -> None:
-    """Create the store of a slide's features, and of what its aggregator says of them; see `FeatureStore.create`."""
+    """Create the store for a slide's features and what its aggregator says about them; see `FeatureStore.create`."""
     bag = run.facts.bag
     assert bag is not None
     shape = BagShape(

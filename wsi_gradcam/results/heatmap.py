@@ -1,8 +1,8 @@
 """`heatmap.ome.zarr`: the only writer of OME-Zarr (OME-NGFF 0.5, Zarr 3, sharded).
 
-The image covers the whole slide from (0, 0), so that level 0 needs only a scale; each level is ceil(n / 2) of the
-one before with twice its scale; the coverage label has the same levels. Viewers differ in what else they read, and
-this much they agree on.
+The image covers the whole slide from (0, 0), so that level 0 needs only a scale; each level is ceil(n / 2) of the one
+before, with twice its scale; the coverage label has the same levels. All viewers agree on this much; they differ in
+what else they read.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ CHUNK, SHARD = 512, 2048
 LABEL = "coverage"
 TISSUE, EXPLAINED, UNREADABLE = 1, 2, 4  # bits of the coverage label
 
-# Distinct on pink tissue and for colour-blind eyes (Okabe and Ito).
+# Distinct on pink tissue and for colour-blind people (Okabe and Ito).
 COLOURS = ("D55E00", "0072B2", "009E73", "CC79A7", "E69F00", "56B4E9", "F0E442")
 
 
 @dataclass(frozen=True)
 class Channel:
-    """A channel and how to show it: label, value range, and the window between which colour runs."""
+    """A channel and how to show it: label, value range, and the window over which colours run."""
 
     label: str
     minimum: float = 0.0
@@ -55,8 +55,8 @@ class Channel:
 class HeatmapStore:
     """Reads and writes a heatmap, level by level and block by block.
 
-    A block is a region that is exactly one shard: no two tasks ever write the same file. Where the shapes of the levels
-    are known, as `planned`, others are refused.
+    A block is a region that is exactly one shard: no two tasks ever write the same file. If the shapes of the levels
+    are known (`planned`), others are refused.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class HeatmapStore:
 
     @property
     def channels(self) -> list[Channel]:
-        """The channels and how they are shown, as the metadata say."""
+        """The channels and how they are shown, according to the metadata."""
         with telling_damage(self._place):
             return [
                 Channel(_text(shown["label"]), low, high, start, end, bool(shown["active"]))
@@ -166,7 +166,7 @@ class HeatmapStore:
             self._group.group.attrs["ome"] = ome
 
     def array(self, level: int) -> zarr.Array[Any]:
-        """Return all channels of a level, float32 [channels, h, w], not read yet.
+        """Return all channels of a level, float32 [channels, h, w], without reading them yet.
 
         Raises:
             StoreError: its size is not as planned, or its chunks are not ours.
@@ -174,11 +174,11 @@ class HeatmapStore:
         return self._checked(level, str(level), "float32", (1,))
 
     def labels(self, level: int) -> zarr.Array[Any]:
-        """Return the coverage label of a level, uint8 [h, w], not read yet. Raises as `array`."""
+        """Return the coverage label of a level, uint8 [h, w], without reading it yet. Errors as for `array`."""
         return self._checked(level, f"labels/{LABEL}/{level}", "uint8", ())
 
     def _checked(self, level: int, name: str, dtype: str, leading: tuple[int, ...]) -> zarr.Array[Any]:
-        """Return an array of the size that it shall have, in chunks as large as ours: no region of it needs more."""
+        """Return an array that has the expected size and chunks as large as ours, so no region needs more memory."""
         array = self._group.array(name)
         chunk, shard = (*leading, CHUNK, CHUNK), (*leading, SHARD, SHARD)
         if array.dtype != dtype or (array.chunks, array.shards) != (chunk, shard):
@@ -247,7 +247,7 @@ def _text(value: object) -> str:
     """Return a text of metadata.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not text.
     """
     if not isinstance(value, str):
         raise TypeError(f"{quoted(value)} is not the name of a channel")
@@ -275,7 +275,7 @@ def _omero(channels: Sequence[Channel]) -> dict[str, Any]:
 
 
 def check_specification(heatmap: StoragePath) -> None:
-    """Validate a copy of what yaozarrs reads, as it knows no object stores of ours; raises whatever it raises."""
+    """Validate a copy of what yaozarrs reads, which does not know our object stores; raises its errors."""
     import yaozarrs  # takes time to import, and only validation needs it
 
     with TemporaryDirectory() as folder:
@@ -294,7 +294,7 @@ def _copy_metadata(place: StoragePath, folder: Path) -> None:
 
 
 Window = Literal["hann", "uniform"]
-# Where a single patch reaches, its own edge value counts in full after division; the floor keeps that division
+# Where only a single patch reaches, its edge value counts in full after division; the floor keeps that division
 # well-behaved in float32.
 FLOOR = 1e-3
 T = TypeVar("T", bound=np.generic)
@@ -305,16 +305,16 @@ GROUP = 64  # patches enlarged at once
 class Enlarger:
     """Enlarges CAMs of one size onto heatmap pixels.
 
-    A CAM cell j of `cells` along an axis stands for the j-th equal part of the patch's footprint and its value
-    for the centre of that part. A heatmap pixel takes the value at its own centre: linear between cell centres,
-    constant beyond the outer ones; where cells are finer than heatmap pixels, a triangle of a pixel's width is
-    averaged. A heatmap pixel belongs to the patches whose half-open footprint holds its centre.
+    A CAM cell j of `cells` along an axis represents the j-th equal part of the patch's footprint, and its value belongs
+    to the centre of that part. A heatmap pixel takes the value at its own centre: linear between cell centres, constant
+    beyond the outer ones; if cells are finer than heatmap pixels, they are averaged under a triangle as wide as a
+    pixel. A heatmap pixel belongs to the patches whose half-open footprint contains its centre.
 
     Attributes:
         footprint: (height, width) of a patch in level-0 px.
         cells: (h, w) of a CAM.
         stride: level-0 px per heatmap pixel.
-        window: how overlapping patches are weighed: "hann" is sin^2 from edge to edge, "uniform" is 1.
+        window: how overlapping patches are weighted: "hann" is sin^2 from edge to edge, "uniform" is 1.
     """
 
     footprint: tuple[float, float]
@@ -349,9 +349,9 @@ class Enlarger:
 
 
 class Blender:
-    """The running weighted mean of what patches say about one block of the heatmap.
+    """The running weighted mean of the patches' values in one block of the heatmap.
 
-    Patches must be added in the same order every time: float sums depend on it, and results must not.
+    Patches must be added in the same order every time: float sums depend on the order, and results must not.
     """
 
     def __init__(self, enlarger: Enlarger, block: Region) -> None:
@@ -371,7 +371,7 @@ class Blender:
         return np.divide(self._sum, self._weight, out=np.zeros_like(self._sum), where=covered), covered
 
     def joined(self, other: Blender) -> Blender:
-        """Add what another blender has been given of the same block; return this one."""
+        """Add what another blender has accumulated for the same block; return this one."""
         self._sum += other._sum
         self._weight += other._weight
         return self
@@ -384,7 +384,7 @@ class Blender:
     def placements(
         self, yx: NDArray[Any], cams: NDArray[np.float32], weighted: bool = False
     ) -> Iterator[tuple[tuple[slice, slice], NDArray[np.float32], NDArray[np.float32]]]:
-        """Yield (slices of the block, enlarged CAM there, its weight there) of each patch that meets it, in order.
+        """Yield (slices of the block, enlarged CAM there, its weight there) for each patch that meets it, in order.
 
         With `weighted`, the CAM times its weight.
         """
@@ -411,14 +411,13 @@ def blend_boxes(
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
     """Return (values float32, covered bool), both [height, width], of one value for each patch, blended in a block.
 
-    Patches may lie anywhere and be of any size; where they overlap, each heatmap pixel is their weighted mean.
+    Patches may be anywhere and have any size; where they overlap, each heatmap pixel is their weighted mean.
 
     Args:
         boxes: float64 [n, 4], y, x, height, width in level-0 px.
         values: float32 [n].
         stride: level-0 px per heatmap pixel.
-        block: in heatmap pixels.
-        window: as of `Enlarger`.
+        block: in heatmap pixels. window: as for `Enlarger`.
 
     Raises:
         ConfigError: a patch is smaller than a heatmap pixel.
@@ -453,7 +452,7 @@ def touching(
 def coarsen(values: NDArray[np.float32], covered: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Return the half-size mean over the covered pixels of each 2 x 2, float32 [..., ceil(h / 2), ceil(w / 2)].
 
-    Pixels that no patch covers do not pull their neighbours towards 0, so edges of tissue do not fade.
+    Pixels that no patch covers do not pull their neighbours towards 0, so the map does not fade at tissue edges.
     `values` is [h, w], 0 where not `covered`.
     """
     total = _sum2x2(np.where(covered, values, np.float32(0)))
@@ -462,7 +461,7 @@ def coarsen(values: NDArray[np.float32], covered: NDArray[np.bool_]) -> NDArray[
 
 
 def coarsen_flags(flags: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return the half-size bitwise or of each 2 x 2, uint8 [ceil(h / 2), ceil(w / 2)]: no flag is lost from view."""
+    """Return the half-size bitwise or of each 2 x 2, uint8 [ceil(h / 2), ceil(w / 2)], so that no flag is lost."""
     padded = _even(flags)
     return padded[::2, ::2] | padded[1::2, ::2] | padded[::2, 1::2] | padded[1::2, 1::2]
 

@@ -65,7 +65,7 @@ def lazy_slide(slide: Slide) -> list[Any]:
     ]
 
 
-# Of the arrays of features.zarr: their axes behind the patches, and the attributes that name the places along these.
+# The arrays of features.zarr: their axes after the patches, and the attributes that name the positions along them.
 BAG_AXES = {
     "features": {"feature": ""},
     "relevance": {"bag_method": "bag_methods", "target": "targets"},
@@ -75,7 +75,7 @@ BAG_AXES = {
 
 
 def lazy_bag(store: FeatureStore, yx: NDArray[np.int64], name: str, units: str) -> xr.DataArray:
-    """Return an array of a slide's bag, [patch, ...]; NaN for unreadable patches, which are no part of the bag.
+    """Return an array of a slide's bag, [patch, ...]; NaN for unreadable patches, which are not part of the bag.
 
     Coordinates are the patches' numbers, and `y` and `x` of their top left corners in level-0 px of the slide.
     """
@@ -93,7 +93,7 @@ def lazy_bag(store: FeatureStore, yx: NDArray[np.int64], name: str, units: str) 
 
 
 class _LevelPixels:
-    """A level of a slide as dask takes an array: with a shape, and read by slices of whole steps."""
+    """A level of a slide in the form in which dask takes an array: with a shape, and read by slices."""
 
     ndim, dtype = 3, np.dtype(np.uint8)
 
@@ -110,7 +110,7 @@ class _LevelPixels:
 
 
 def padded(levels: Sequence[Any], factors: Sequence[int]) -> list[Any]:
-    """Pad levels with zeros at their lower and right edges, so that shapes are in the ratio of the factors."""
+    """Pad levels with zeros at their lower and right edges, so that the ratios of their shapes are the factors."""
     whole = math.lcm(*factors)
     sizes = [
         max(ceil_div(level.shape[axis] * f, whole) for level, f in zip(levels, factors, strict=True)) for axis in (0, 1)

@@ -1,9 +1,9 @@
 """The manifest of a slide: its plan, the finished pieces of work, and its final record.
 
-A finished piece of work is a small file that is written after its data. While a slide is worked on there is a file for
-each span and block; when it is finished they are folded into one `done.json`, so that an archive does not end with
-millions of files. The existence of a chunk proves nothing: a chunk of zeros is never written, and a killed process may
-have left one of another attempt.
+A finished piece of work is recorded in a small file that is written after its data. While a slide is being processed,
+there is a file for each span and block; when it is finished, they are folded into one `done.json`, so that an archive
+does not end up with millions of files. The existence of a chunk proves nothing: a chunk of zeros is never written, and
+a killed process may have left one from another attempt.
 """
 
 from __future__ import annotations
@@ -32,31 +32,30 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
 
 
-# Bounds on what a plan on disk may say, far above what any scanner makes.
+# Limits on what a plan on disk may say, far above what any scanner produces.
 LARGEST_PX, MOST_PATCHES = 1 << 26, 1 << 25
 MOST_PIECES = 1 << 20  # spans, or blocks of the heatmap's finest level
 
 
 @dataclass(frozen=True)
 class SlidePlan:
-    """The geometry of a slide's results, and the digests that say what they belong to.
+    """The geometry of a slide's results, and the digests that identify what they belong to.
 
     Attributes:
         slide_digest, run_digest: the slide file and the run that the results belong to.
         slide_px, slide_mpp: (height, width) of level 0 and its mpp (y, x).
         footprint: (height, width) of a patch in level-0 px.
         view: (y, x, height, width) in level-0 px from a patch's top left: the part of it that the network sees.
-        patches: number of patches; `span` of them form a unit of work.
+        patches: number of patches; `span` of them are a unit of work.
         stride: level-0 px per pixel of the heatmap's level 0.
-        mask_digest: digest of the file that says which part is explained; "" without one.
-        stain: normalises the stain of the patches, if the model needs that and there are patches.
-        tissue_rule: the version of the rule that found the tissue; 1 where an older version of the program did. A
-            slide that was planned keeps its patches.
-        bounds: (y, x, height, width) of the part of level 0 that was scanned, where the file records another than the
-            whole; () where it does not. None in results of older versions.
+        mask_digest: digest of the file that says which part is explained; "" if there is none.
+        stain: normalises the stain of the patches, if the model needs this and there are patches.
+        tissue_rule: the version of the rule that found the tissue; 1 if an older version of the program did. A slide
+        that was planned keeps its patches. bounds: (y, x, height, width) of the part of level 0 that was scanned, if
+        the file records a part; () if it does not. None in results of older versions.
         mask_frame: what the mask was drawn on, "slide" or "bounds", on a slide with such bounds; else "".
-        notes: what a user should know of the slide.
-        features: digest of the features that were made elsewhere, and of where their patches lie; "" of others.
+        notes: what a user should know about the slide.
+        features: digest of the features that were made elsewhere and of the places of their patches; "" for others.
     """
 
     slide_digest: str
@@ -77,9 +76,9 @@ class SlidePlan:
     features: str = ""
 
     def patch_mpp(self, patch_px: tuple[int, int], mpp: float) -> float:
-        """Return the micrometres per pixel at which patches are read that the model sees at `mpp`.
+        """Return the micrometres per pixel at which patches for a model that sees `mpp` are read.
 
-        Those of features made elsewhere are read as they were made.
+        Patches of features made elsewhere are read as they were then.
         """
         return self.footprint[0] * self.slide_mpp[0] / patch_px[0] if self.features else mpp
 
@@ -108,7 +107,7 @@ class SlidePlan:
         return tiles(*self.level_shapes[level], SHARD)
 
     def check(self) -> None:
-        """Raise a ValueError for numbers that no slide has: what reads results makes room by them."""
+        """Raise a ValueError for numbers that no slide has: readers of results allocate memory by them."""
         height, width = self.slide_px
         whole = {"height": height, "width": width, "span": self.span, "stride": self.stride, "patches": self.patches}
         for name, value in whole.items():
@@ -165,13 +164,13 @@ class SlidePlan:
 
 PLAN, DONE = "plan.json", "done.json"
 ENDING = ".json"
-BAG, WHOLE = "bag", "whole"  # the piece of work that is all of a slide, of slide-level models
+BAG, WHOLE = "bag", "whole"  # the piece of work that covers a whole slide, for slide-level models
 PIECES = re.compile(rf"(features|{BAG}|spans|blocks)/([0-9-]+|{WHOLE})\.json(\.[0-9a-f]{{32}}\.partial)?")
 CONTENTS = re.compile(rf"(plan|done)\.json(\.[0-9a-f]{{32}}\.partial)?|{PIECES.pattern}")
 
 
 class SlideStatus(StrEnum):
-    """The state of a slide in a run; all but UNFINISHED are in the column `status` of slides.csv."""
+    """The state of a slide in a run; all but UNFINISHED occur in the column `status` of slides.csv."""
 
     OK = "ok"
     FAILED = "failed"
@@ -187,8 +186,8 @@ class SlideOutcome:
 
     Attributes:
         status: OK or NO_TISSUE.
-        patches, unreadable: number of patches, and of those that could not be read.
-        cause: why patches could not be read, most often; "" if all could.
+        patches, unreadable: number of patches, and of those that could not be read. cause: the most frequent reason why
+        patches could not be read; "" if all could.
         notes: what else a user should know, see `SlidePlan.notes`.
     """
 
@@ -204,16 +203,16 @@ class SlideDone:
     """The final record of a slide, `done.json`.
 
     Attributes:
-        outcome: how the slide came out.
+        outcome: how the slide ended.
         spans: `SpanData.digest` of each span, by the span's name.
-        blocks: digests of each block of the heatmap, one a channel and one of the coverage, by the block's name.
+        blocks: digests of each block of the heatmap, one per channel and one for the coverage, by the block's name.
         files: sha256 of the other files, by file name: the plan, all metadata of the stores, the table, the pictures.
         arrays: digests of the patch store's arrays that no span writes, by name.
         slide: the slide's id.
-        made_with: digest of the model and the settings, see `run_files.made_with`.
-        answer: logit of the slide by class, of slide-level models.
+        made_with: digest of the model and the settings, see `run_files.made_with`. answer: the slide's logit by class,
+    for slide-level models.
 
-    Older versions wrote fewer files, and nothing of what comes after them.
+    Older versions wrote fewer files, and none of the attributes after `files`.
     """
 
     outcome: SlideOutcome
@@ -227,7 +226,7 @@ class SlideDone:
 
     @property
     def is_covered(self) -> bool:
-        """True where all that the slide's results mean has a digest; older versions left out much."""
+        """Whether everything in the slide's results has a digest; older versions left out much."""
         return bool(self.made_with)
 
     def to_json(self) -> dict[str, Any]:
@@ -263,7 +262,7 @@ class Manifest:
         self._place = storage_path(place)
 
     def plan(self) -> SlidePlan | None:
-        """Return the plan that results follow; None before planning.
+        """Return the plan of the results; None before planning.
 
         Raises:
             StoreError: it is damaged, or another version wrote it.
@@ -277,7 +276,7 @@ class Manifest:
 
     @property
     def is_finished(self) -> bool:
-        """True if the final record is there.
+        """Whether the final record exists.
 
         Raises:
             StoreError: it is damaged.
@@ -294,12 +293,12 @@ class Manifest:
         return None if stored is None else SlideDone.from_json(stored)
 
     def write_done(self, record: SlideDone) -> None:
-        """Record the slide as finished and fold the pieces away."""
+        """Record the slide as finished, and fold its pieces away."""
         (self._place / DONE).write(sealed_json(record.to_json(), indent=1, sort_keys=True))
         self.fold()
 
     def fold(self) -> None:
-        """Delete the pieces' files of a finished slide (a process may have been killed while doing so)."""
+        """Delete the piece files of a finished slide (a process may have been killed while doing so)."""
         if self._place.folder_names():
             self._place.remove_files(PIECES)
 
@@ -312,7 +311,7 @@ class Manifest:
         return {name.removesuffix(ENDING) for name in (self._place / kind).file_names() if name.endswith(ENDING)}
 
     def has(self, kind: str, name: str, run: str) -> bool:
-        """Return whether a piece of work is finished, by the run of that digest."""
+        """Return whether a piece of work was finished by the run with this digest."""
         return (self._read(f"{kind}/{name}.json") or {}).get("run") == run
 
     def records(self, kind: str) -> dict[str, dict[str, Any]]:
@@ -329,12 +328,12 @@ class Manifest:
         return found
 
     def forget(self, kind: str, names: Iterable[str]) -> None:
-        """Take back that pieces are finished: they will be made again."""
+        """Mark pieces as not finished: they will be computed again."""
         for name in names:
             (self._place / kind / f"{name}{ENDING}").remove()
 
     def clear(self) -> None:
-        """Forget everything: called before a slide's stores are made again."""
+        """Forget everything: called before a slide's stores are created again."""
         (self._place / PLAN).remove()  # first, so that no half-cleared manifest looks valid
         self._place.remove_files(CONTENTS)
 
@@ -388,7 +387,7 @@ LEFT_OVER = (
     "manifest/bag/",
     "manifest/spans/",
     "manifest/blocks/",
-)  # left where a run was killed while it folded them away
+)  # left behind if a run was killed while it folded them away
 GROUPS = {
     f"{group}/zarr.json"
     for group in (
@@ -397,17 +396,17 @@ GROUPS = {
         *(f"heatmap.ome.zarr{name}" for name in ("", "/labels", f"/labels/{LABEL}")),
     )
 }
-METADATA_BYTES = 1 << 20  # most that is read of it
+METADATA_BYTES = 1 << 20  # the most that is read of it
 METADATA, CHUNKS = "zarr.json", "c"  # in the folder of an array
 
 
 def is_of_array(name: str) -> bool:
-    """Return True for the name of the metadata of an array, and not of a group."""
+    """Return whether a name is that of an array's metadata, not a group's."""
     return name.endswith(f"/{METADATA}") and name not in GROUPS
 
 
 def unknown_files(place: StoragePath) -> list[str]:
-    """Return the names of a slide's files but for those of the manifest and the chunks that its arrays may have."""
+    """Return the names of a slide's files, except the manifest's and the chunks that its arrays may have."""
     names = place.all_files()
     grids = {}
     for name in names:
@@ -417,7 +416,7 @@ def unknown_files(place: StoragePath) -> list[str]:
 
 
 def _grid(metadata: bytes) -> tuple[int, ...]:
-    """Return the number of chunk files along each axis of an array; () where its metadata is damaged."""
+    """Return the number of chunk files along each axis of an array; () if its metadata is damaged."""
     try:
         values = read_json(metadata)
         chunks = values["chunk_grid"]["configuration"]["chunk_shape"]

@@ -1,8 +1,9 @@
-"""`marks.jsonl` in OUT: what people say of patches and regions, a line each, only ever appended to.
+"""`marks.jsonl` in OUT: what people say about patches and regions, one line each, only ever appended to.
 
-A line is a mark, or the end of one: `{"id": ..., "deleted": true, ...}`. The last line of an id holds. Several
-processes append at once: each holds the file's lock, writes a whole line, and has it on the disk before the mark counts
-as kept. A line that a killed process has left half-written is ended by the next one, and skipped by readers.
+A line is a mark, or the end of one: `{"id": ..., "deleted": true, ...}`. The last line of an id is the valid one.
+Several processes may append at once: each holds the file's lock, writes a whole line, and flushes it to the disk before
+the mark counts as kept. A line that a killed process has left half-written is terminated by the next one, and skipped
+by readers.
 """
 
 from __future__ import annotations
@@ -36,17 +37,16 @@ ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class Mark:
-    """What somebody said of a place.
+    """What somebody said about a place.
 
     Attributes:
         id: 32 hex digits.
         slide: id of the slide.
         kind: one of `KINDS`.
         outline: of the region, or of the patch, (y, x) in level-0 px; the last point is joined to the first.
-        patch: number of the patch, where one is marked; None for a region.
+        patch: number of the patch, if one is marked; None for a region.
         text: free text.
-        by: who made it, as they call themselves.
-        made: when, in UTC, as ISO 8601 has it.
+        by: who made it, by the name they gave. made: when, in UTC, in ISO 8601.
     """
 
     id: str
@@ -60,10 +60,10 @@ class Mark:
 
 
 def make_mark(slide: str, plan: SlidePlan, given: Any) -> Mark:
-    """Return a new mark of a slide from plain values: `kind`, `outline`, `patch` where it is one's, `text`, `by`.
+    """Return a new mark on a slide from plain values: `kind`, `outline`, `patch` if it is on one, `text`, `by`.
 
     Raises:
-        MarkError: they are no mark of this slide.
+        MarkError: they are not a valid mark on this slide.
     """
     if not isinstance(given, dict) or given.get("kind") not in KINDS:
         raise MarkError(f"a mark has a kind; expected one of {', '.join(KINDS)}")
@@ -84,7 +84,7 @@ def _checked_outline(given: Any) -> tuple[tuple[float, float], ...]:
     """Return an outline of at least three points.
 
     Raises:
-        MarkError: it is none.
+        MarkError: it is not an outline.
     """
     try:
         points = tuple((round(float(y), 1), round(float(x), 1)) for y, x in given)
@@ -108,11 +108,11 @@ class Marks:
 
     @property
     def can_write(self) -> bool:
-        """Whether marks can be kept: in folders alone, as object stores append nothing."""
+        """Whether marks can be kept: only in folders, because object stores cannot append."""
         return self._file is not None and os.access(self._file.parent, os.W_OK)
 
     def add(self, mark: Mark) -> None:
-        """Keep a mark: it is on the disk when this returns.
+        """Keep a mark, which is on the disk when this returns.
 
         Raises:
             StoreError: it cannot be written.
@@ -120,15 +120,15 @@ class Marks:
         self._append(asdict(mark))
 
     def delete(self, mark_id: str, by: str = "") -> None:
-        """Take a mark back; its lines stay in the file. Raises as `add`."""
+        """Delete a mark; its lines stay in the file. Errors as for `add`."""
         now = datetime.now(UTC).isoformat(timespec="milliseconds")
         self._append({"id": mark_id, "deleted": True, "by": by, "made": now})
 
     def all(self) -> list[Mark]:
-        """Return all marks that hold, the oldest first.
+        """Return all valid marks, oldest first.
 
         Raises:
-            StoreError: the file is larger than people make one.
+            StoreError: the file is larger than people would make one.
         """
         found: dict[str, Mark | None] = {}
         for line in self._lines():
@@ -138,7 +138,7 @@ class Marks:
         return [mark for mark in found.values() if mark is not None]
 
     def of(self, slide_id: str) -> list[Mark]:
-        """Return the marks of a slide, the oldest first. Raises as `all`."""
+        """Return the marks on a slide, oldest first. Errors as for `all`."""
         return [mark for mark in self.all() if mark.slide == slide_id]
 
     def _lines(self) -> Iterable[bytes]:
@@ -158,10 +158,10 @@ class Marks:
 
 
 def _read(values: dict[str, Any]) -> Mark:
-    """Return the mark of a line.
+    """Return the mark in a line.
 
     Raises:
-        ValueError, TypeError, KeyError: it is none.
+        ValueError, TypeError, KeyError: the line is not a mark.
     """
     number = values.get("patch")
     texts = {name: str(values.get(name) or "")[:MAX_TEXT] for name in ("text", "by", "made")}

@@ -1,4 +1,4 @@
-"""Pictures that any program opens: `overview.png`, the slide beside its heatmaps, and `tissue.png`, the mask."""
+"""Pictures for any program: `overview.png`, the slide beside its heatmaps, and `tissue.png`, the mask."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ if TYPE_CHECKING:
     from wsi_gradcam.tissue.annotations import Drawn
 
 
-MAX_PX = 600  # of the thumbnail: a panel has some 450
-FLAT = 0.5  # slides of less height than this share of their width have their panels one below the other, twice as wide
+MAX_PX = 600  # pixels of the thumbnail: a panel has about 450
+FLAT = 0.5  # slides lower than this share of their width have their panels one below the other, twice as wide
 PICTURE_IN, TITLE_IN, HEAD_IN, MARGIN_IN = 3.4, 0.3, 0.4, 0.08  # inches: a picture's width; above it; above all; around
 BAR_GAP_IN, BAR_IN, BAR_ROOM_IN = 0.07, 0.13, 0.85  # inches: to the colour bar, of its width, and with its labels
 MAX_MAPS = 3
 UNREADABLE_GRAY = 128
-COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, apart from the pinks of H&E
+COLOURS = colormaps["inferno"]  # perceptually uniform, dark to bright, distinct from the pinks of H&E
 OPACITY = 0.7
 UNITS = {"logit": "logits", "drop": "logits lost where covered", "arbitrary": "arbitrary unit"}
-TISSUE_GRAY = 170  # under the colour bar, which shows the colours as they are seen
+TISSUE_GRAY = 170  # under the colour bar, which shows the colours as displayed
 
 
 def draw_overview(
@@ -62,11 +62,10 @@ def draw_overview(
     outlines: Drawn | None = None,
     answer: str = "",
 ) -> None:
-    """Draw thumbnail and overlays (the first explanations and their probabilities) with their colour bars.
+    """Draw the thumbnail and overlays (the first explanations and their probabilities) with their colour bars.
 
-    The outlines of annotations are drawn over each of them; above them stands the `answer` of a slide-level model for
-    the slide, in words.
-    Where no pixel is explained, what patches are worth stands for the explanations.
+    The outlines of annotations are drawn over each of them; above them is the `answer` of a slide-level model for the
+    slide, in words. If no pixel is explained, the patches' contributions are shown instead of explanations.
     """
     rgb = _thumbnail(slide)
     um_per_px = plan.slide_px[1] * plan.slide_mpp[1] / rgb.shape[1]
@@ -89,12 +88,12 @@ def draw_overview(
     buffer = io.BytesIO()
     with warnings.catch_warnings():  # a name in a script that the font lacks is drawn as boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
-        FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})  # thrice as fast, a little larger
+        FigureCanvasAgg(figure).print_png(buffer, pil_kwargs={"compress_level": 1})  # a third of the time, a bit larger
     storage_path(place).write(buffer.getvalue())
 
 
 def _of_patches(run: RunPlan) -> list[tuple[int, str]]:
-    """Return the first channels of a slide-level model with one number a patch, and their units; attention is last."""
+    """Return a slide-level model's first channels with one number per patch, and their units; attention is last."""
     labels = run.bag_channels[: len(run.targets)][: MAX_MAPS - 1] + run.bag_channels[len(run.targets) :][:1]
     before = len(run.maps) + len(run.probabilities)
     return [(before + run.bag_channels.index(label), UNITS[unit_of(label)]) for label in labels]
@@ -107,7 +106,7 @@ def _probabilities(run: RunPlan, maps: Sequence[Map]) -> list[int]:
 
 
 def _about(run: RunPlan, plan: SlidePlan) -> str:
-    """Return the text that one must know to read the picture."""
+    """Return the text that one needs to read the picture."""
     stride = run.settings.stride(run.patch_px)
     methods = ", ".join(METHOD_INFO[method].title for method in run.settings.methods)
     methods += f" of {run.settings.bag_method[0].replace('_', ' ')}" if methods and run.facts.bag else ""
@@ -126,7 +125,7 @@ def _about(run: RunPlan, plan: SlidePlan) -> str:
 
 
 def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
-    """Return the slide's thumbnail, gray where it cannot be decoded."""
+    """Return the slide's thumbnail, grey where it cannot be decoded."""
     flat = slide.info.height < FLAT * slide.info.width
     thumb = thumbnail(slide, 0.0, MAX_PX * (2 if flat else 1))
     thumb.rgb[thumb.unreadable] = UNREADABLE_GRAY
@@ -135,17 +134,17 @@ def _thumbnail(slide: Slide) -> NDArray[np.uint8]:
 
 @dataclass(frozen=True)
 class Panel:
-    """Where a picture is drawn, and its colour bar; the slide has none."""
+    """The place of a picture and of its colour bar; the slide has no colour bar."""
 
     picture: Axes
     bar: Axes
 
 
 def _panels(maps: int, probabilities: int, aspect: float) -> tuple[Figure, list[Panel]]:
-    """Lay out panels for the slide and `maps` explanations, and below them for probabilities; one map makes one row.
+    """Lay out panels for the slide and `maps` explanations, with probabilities below; a single map makes one row.
 
-    Panels of a slide much longer than high, `aspect` being its height over its width, lie below each other. All places
-    are computed here: matplotlib's own layouts draw everything twice to find them.
+    Panels of a slide that is much wider than high (`aspect` is its height over its width) are placed one below the
+    other. All positions are computed here: matplotlib's own layouts draw everything twice to find them.
     """
     if aspect < FLAT:
         places = [(row, 0) for row in range(1 + maps + probabilities)]
@@ -191,8 +190,8 @@ def _show_overlay(
     unit: str,
 ) -> None:
     norm = Normalize(channel.start, channel.end, clip=True)
-    # All in gray, so that no stain is taken for a value; what was not explained is paler. Bytes throughout: five
-    # panels of float64 colours would be 150 MB.
+    # All in grey, so that no stain is taken for a value; what was not explained is paler. Bytes throughout: five panels
+    # of float64 colours would be 150 MB.
     gray = rgb.mean(axis=2, dtype=np.float32)
     shown = np.repeat((128 + gray / 2).astype(np.uint8)[..., None], 3, axis=2)
     shown[covered] = _blended(np.asarray(norm(image[covered]), np.float32), gray[covered])
@@ -209,7 +208,7 @@ def _show_overlay(
 def _show_outlines(
     axes: Sequence[Axes], outlines: Mapping[str, Sequence[NDArray[np.float64]]], plan: SlidePlan, width: int
 ) -> None:
-    """Draw outlines of classes with black edges, and of several classes their names into the first picture."""
+    """Draw outlines of classes with black edges and, if there are several, their names in the first picture."""
     scale = width / plan.slide_px[1]
     lines = []
     for number, (name, rings) in enumerate(outlines.items()):
@@ -224,14 +223,14 @@ def _show_outlines(
 
 
 def _shown(name: str) -> str:
-    """Return a name that can be drawn: file names that are not UTF-8 have surrogates in them."""
+    """Return a name that can be drawn: file names that are not UTF-8 contain surrogates."""
     return name.encode("utf-8", "replace").decode()
 
 
 def _blended(value: NDArray[np.float32], gray: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Blend the colours [n, 3] of values 0 to 1 over gray tissue.
+    """Blend the colours [n, 3] of values 0 to 1 over grey tissue.
 
-    Tissue without evidence stays readable in gray; colour gathers strength over the first quarter of the scale.
+    Tissue without evidence stays readable in grey; colour gets stronger over the first quarter of the scale.
     """
     colour = COLOURS(value, bytes=True)[:, :3].astype(np.float32)
     opacity = OPACITY * np.minimum(1, value * 4)[:, None]
@@ -259,7 +258,7 @@ def _scaled(
 
 
 def round_length(length_um: float) -> float:
-    """Return the largest 1, 2 or 5 times a power of ten that is not longer.
+    """Return the largest length of 1, 2 or 5 times a power of ten that is not longer than the given one.
 
     >>> round_length(730.0)
     500.0
@@ -269,7 +268,7 @@ def round_length(length_um: float) -> float:
 
 
 def write_mask(place: StoragePathLike, mask: NDArray[np.bool_]) -> None:
-    """Write a bool mask [h, w] as a black and white PNG: white is True."""
+    """Write a bool mask [h, w] as a black and white PNG, with white for True."""
     buffer = io.BytesIO()
     Image.fromarray(mask.astype(np.uint8) * 255).convert("1").save(buffer, format="PNG")
     storage_path(place).write(buffer.getvalue())
@@ -290,7 +289,7 @@ MAX_PICTURE_PX, MAX_PICTURE_BYTES = 1 << 25, 1 << 28  # an overview has 5 millio
 
 @contextmanager
 def opened_picture(place: StoragePath) -> Iterator[Image.Image]:
-    """Open a PNG of ours, decoded when first used, after a look at the size that it claims.
+    """Open a PNG of ours after checking the size that it claims; it is decoded on first use.
 
     Raises:
         FileNotFoundError: there is none.

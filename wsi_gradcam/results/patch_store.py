@@ -1,4 +1,4 @@
-"""The patches of a slide: `cams.zarr` (logits and CAMs at layer resolution) and `patches.parquet` (a row a patch)."""
+"""The patches of a slide: `cams.zarr` (logits, CAMs at the layer's resolution) and `patches.parquet` (a table)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PENDING, OK, UNREADABLE = 0, 1, 2
 STATUS_NAMES = {OK: "ok", UNREADABLE: "unreadable"}  # in patches.parquet
 KNOWN_ROWS = 1 << 16
 SPANS_AT_ONCE = 16
-SHARES = ("tissue", "pen", "glass")  # of a patch's area, known before it is explained
+SHARES = ("tissue", "pen", "glass")  # shares of a patch's area, known before it is explained
 KNOWN = ("xy", *SHARES)
 
 
@@ -46,8 +46,8 @@ class SpanData:
         logits: float32 [n, classes].
         cams: float32 [n, targets, h, w], raw and signed.
         status: uint8 [n], OK or UNREADABLE; an unreadable patch has zeros.
-        blur: float32 [n], see `wsi_gradcam.tissue.quality.measure_blur`; NaN for an unreadable patch. Empty
-            where an older version did not measure it.
+        blur: float32 [n], see `wsi_gradcam.tissue.quality.measure_blur`; NaN for an unreadable patch. Empty if an older
+        version did not measure it.
     """
 
     logits: NDArray[np.float32]
@@ -84,16 +84,16 @@ class PatchStore:
         cam_shape: tuple[int, int],
         attributes: dict[str, Any],
     ) -> PatchStore:
-        """Create a store for `patches`, with everything but the results; a store that stood at `place` is replaced."""
+        """Create a store for `patches`, with everything but the results; an existing store at `place` is replaced."""
         count = len(patches.yx)
-        known = max(span, KNOWN_ROWS // span * span)  # in a chunk of what no span writes
+        known = max(span, KNOWN_ROWS // span * span)  # patches in a chunk of the arrays that no span writes
 
         def build(store: Store) -> None:
             group = zarr.create_group(store, attributes=attributes)
             xy = group.create_array(
                 "xy", shape=(count, 2), chunks=(known, 2), dtype="int32", dimension_names=("patch", "xy")
             )
-            one: dict[str, Any] = {"shape": (count,), "dimension_names": ("patch",)}  # xarray opens no array without
+            one: dict[str, Any] = {"shape": (count,), "dimension_names": ("patch",)}  # xarray needs the name
             shares = {n: group.create_array(n, chunks=(known,), dtype="float32", **one) for n in SHARES}
             if count:
                 xy[:] = patches.yx[:, ::-1].astype(np.int32)
@@ -109,7 +109,7 @@ class PatchStore:
                     dtype="float32",
                     dimension_names=("patch", "class"),
                 )
-            # One file a span, one chunk in it a target: stitching reads one target at a time.
+            # One file per span, and in it one chunk per target: stitching reads one target at a time.
             if targets:
                 group.create_array(
                     "cam",
@@ -143,7 +143,7 @@ class PatchStore:
         return self._read("xy", slice(start, stop), np.int64)[:, ::-1]
 
     def write_span(self, start: int, data: SpanData) -> None:
-        """Write a whole span that begins with patch `start`.
+        """Write a whole span, beginning with patch `start`.
 
         Raises:
             StoreError: the file system refuses.
@@ -170,7 +170,7 @@ class PatchStore:
         )
 
     def digests(self, spans: Sequence[tuple[int, int]]) -> Iterator[str]:
-        """Yield `SpanData.digest` of consecutive (first, end); several are read at a time, as their chunks can be."""
+        """Yield `SpanData.digest` of consecutive (first, end); several are read at a time."""
         for i in range(0, len(spans), SPANS_AT_ONCE):
             some = spans[i : i + SPANS_AT_ONCE]
             first = some[0][0]
@@ -201,15 +201,15 @@ class PatchStore:
         return self._read("status", slice(start, stop), np.uint8)
 
     def share(self, name: str, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Read the share of each patch that is `tissue`, `pen` or `glass`, float32 [n]; NaN where it is not known."""
+        """Read the share of each patch that is `tissue`, `pen` or `glass`, float32 [n]; NaN if it is not known."""
         return self._measured(name, slice(start, stop))
 
     def blur(self, start: int = 0, stop: int | None = None) -> NDArray[np.float32]:
-        """Read the blur of patches, float32 [n]; NaN where it is not known."""
+        """Read the blur of patches, float32 [n]; NaN if it is not known."""
         return self._measured("blur", slice(start, stop))
 
     def _measured(self, name: str, part: slice) -> NDArray[np.float32]:
-        """Read what is measured of patches; NaN in stores of the first two formats, which had tissue alone."""
+        """Read what was measured on patches; NaN in stores of the first two formats, which had only tissue."""
         if name in self._group.group:
             return self._read(name, part, np.float32)
         return np.full(len(range(self.patches)[part]), np.nan, np.float32)
@@ -233,18 +233,17 @@ def write_table(
     slide: str = "",
     columns: Columns | None = None,
 ) -> None:
-    """Write the table of the slide with the id `slide`; `causes` says by patch number why a patch could not be read.
+    """Write the table of the slide with the id `slide`; `causes` has the reasons for unreadable patches, by number.
 
     Columns: `y`, `x` (level-0 px of the top left), `tissue`, `pen`, `glass` (shares), `blur` (see
-    `quality.measure_blur`), `status` (ok, unreadable), `cause`, `logit_CLASS`, `probability_CLASS`,
-    `cam_mean_TARGET`, `cam_max_TARGET`; for a second method and those after it `METHOD_mean_TARGET`,
-    `METHOD_max_TARGET`. The CAM's statistics are in the heatmap's unit, for Grad-CAM logits: with global average
-    pooling and a linear layer, cam_mean + bias = logit.
-    Of a slide-level model logits and probabilities are its answers to a bag of that patch alone, and there are also
-    `METHOD_relevance_TARGET` of each bag method, and `attention`, or `attention_CLASS`, from `columns`.
-    Numbers of unreadable patches are null, also `blur`, which patches of one colour do not have either.
-    The schema's metadata `wsi_gradcam` is JSON that says of which slide and run the patches are, and their size, mpp
-    and stride.
+    `quality.measure_blur`), `status` (ok, unreadable), `cause`, `logit_CLASS`, `probability_CLASS`, `cam_mean_TARGET`,
+    `cam_max_TARGET`; for further methods, `METHOD_mean_TARGET` and `METHOD_max_TARGET`. The CAM's statistics are in the
+    heatmap's unit, which for Grad-CAM is logits: with global average pooling and a linear layer, cam_mean + bias =
+    logit. For a slide-level model, logits and probabilities are its answers to a bag of that patch alone, and there are
+    also `METHOD_relevance_TARGET` for each bag method, and `attention`, or `attention_CLASS`, from `columns`. Values of
+    unreadable patches are null, including `blur`, which patches of a single colour do not have either. The schema's
+    metadata `wsi_gradcam` is JSON that names the slide and the run of the patches, and gives their size, mpp and
+    stride.
     """
     schema = _schema(run, {"slide": slide, **_geometry(run, plan), "run": plan.run_digest})
     with storage_path(place).atomic_writer() as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
@@ -254,14 +253,14 @@ def write_table(
 
 
 MAX_COLUMNS = 1 << 14
-# Of the file and of what is in it: numbers take 8 bytes at most, and texts are few and short.
+# Sizes of the file and of its content: numbers take at most 8 bytes, and texts are few and short.
 SPARE_BYTES, ROW_BYTES, VALUE_BYTES = 1 << 26, 64, 16
 TEXTS = ("status", "cause")
 MAX_TEXT_BYTES = 1 << 28
 
 
 class StoredTable:
-    """The table of a slide, after a look at what it claims to hold: `rows` and no more than they need.
+    """The table of a slide, after checking what it claims to contain: `rows`, and no more than they need.
 
     Raises:
         StoreError: it is damaged, or not a table of that many patches.
@@ -278,14 +277,14 @@ class StoredTable:
             raise error if isinstance(error, StoreError) else self._damaged(one_line(error)) from error
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
-        """Read the rows, of all columns or some."""
+        """Read the rows, with all columns or some."""
         try:
             return self._plain(self._file.read(columns, use_threads=False))
         except (pa.ArrowException, OSError) as error:
             raise error if isinstance(error, StoreError) else self._damaged(one_line(error)) from error
 
     def batches(self, rows: int) -> Iterator[pa.Table]:
-        """Yield the rows, so many at a time."""
+        """Yield the rows in batches of this size."""
         for batch in self._file.iter_batches(rows, use_threads=False):
             yield self._plain(pa.Table.from_batches([batch]))
 
@@ -305,7 +304,7 @@ class StoredTable:
             raise self._damaged(f"it unpacks to {size:,} bytes for {rows:,} patches")
 
     def _plain(self, table: pa.Table) -> pa.Table:
-        """Return a table with its texts written out; they are stored once each, and may be long."""
+        """Return a table with its texts written out; each is stored once, and may be long."""
         for name in set(TEXTS) & set(table.column_names):
             texts = table.column(name)
             if not pa.types.is_dictionary(texts.type):
@@ -324,7 +323,7 @@ class StoredTable:
 
 
 def column(run: RunPlan, shown: Map, kind: str) -> str:
-    """Return the name of a column with a statistic of a map's patches."""
+    """Return the name of the column with a statistic of a map."""
     method = "cam" if shown.method == run.settings.method[0] else shown.method
     return f"{method}_{kind}_{shown.target.label}"
 
@@ -338,7 +337,7 @@ def bag_columns(run: RunPlan) -> list[str]:
 
 
 def _geometry(run: RunPlan, plan: SlidePlan) -> dict[str, Any]:
-    """Return what places patches on the slide, as plain values; pairs are (y, x) or (height, width)."""
+    """Return the values that place patches on the slide, as plain values; pairs are (y, x) or (height, width)."""
     stride, footprint = run.settings.stride(run.patch_px), plan.footprint
     scale = footprint[0] / run.patch_px[0], footprint[1] / run.patch_px[1]
     strides = {
@@ -349,7 +348,7 @@ def _geometry(run: RunPlan, plan: SlidePlan) -> dict[str, Any]:
         "patch_px": list(run.patch_px),
         "patch_mpp": plan.patch_mpp(run.patch_px, run.mpp),
         "patch_level0_px": list(footprint),
-        **({} if plan.features else strides),  # features made elsewhere may lie anywhere
+        **({} if plan.features else strides),  # patches of features made elsewhere may be anywhere
         "slide_digest": plan.slide_digest,
         "slide_px": list(plan.slide_px),
         "slide_mpp": list(plan.slide_mpp),

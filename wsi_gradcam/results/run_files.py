@@ -1,4 +1,4 @@
-"""Names of everything below OUT, and `run.yaml`: the configuration that a run was made with."""
+"""Names of everything below OUT, and `run.yaml`, the configuration with which a run was made."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.plan import RunPlan
 
 
-# All that is put, or may come to be put, at the top of OUT, of OUT/audit and of a folder of exports.
+# Everything that is, or may come to be, at the top of OUT, of OUT/audit or of a folder of exports.
 RESERVED = frozenset(
     {
         *(
@@ -48,15 +48,15 @@ RESERVED = frozenset(
         *("slides.jsonl", "status.json"),
     }
 )
-MARKS = "marks.jsonl"  # what people say of places
-MARK = "~"  # no name of ours ends in it
+MARKS = "marks.jsonl"  # what people say about places
+MARK = "~"  # none of our names ends in it
 
 
 def folder_name(slide_id: str) -> str:
     """Return the name of a slide's folder in OUT, in OUT/audit and among exports, which is never one of ours.
 
-    It is the slide's id, with a "~" more after its first part where that is in `RESERVED` for a disk that tells no
-    capitals apart, nor names by dots and blanks at their end: no two ids give one name.
+    It is the slide's id, with a "~" added to its first part if that is in `RESERVED` on a disk that ignores case and
+    trailing dots and spaces: no two ids give the same name.
 
     Raises:
         ResultError: the id leads out of OUT.
@@ -71,7 +71,7 @@ def folder_name(slide_id: str) -> str:
 
 
 def slide_id_of(folder: str) -> str:
-    """Return the id of the slide whose folder has this name, or had it before there was `folder_name`.
+    """Return the id of the slide whose folder has this name, or had it before `folder_name` existed.
 
     >>> [slide_id_of(name) for name in ("audit~/a.svs", "audit/a.svs", "a~/b.svs")]
     ['audit/a.svs', 'audit/a.svs', 'a~/b.svs']
@@ -81,7 +81,7 @@ def slide_id_of(folder: str) -> str:
 
 
 def is_name(slide_id: str) -> bool:
-    """Return whether it names a folder below OUT, and nothing outside."""
+    """Return whether a name is that of a folder below OUT, and of nothing outside."""
     return not leads_out(slide_id)
 
 
@@ -107,17 +107,17 @@ class SlideFolder:
 
     @property
     def features(self) -> StoragePath:
-        """Features of the patches, of slide-level models."""
+        """Features of the patches, for slide-level models."""
         return self.place / "features.zarr"
 
     @property
     def table(self) -> StoragePath:
-        """A row a patch."""
+        """The table, with a row for each patch."""
         return self.place / "patches.parquet"
 
     @property
     def overview(self) -> StoragePath:
-        """Picture of slide and overlay."""
+        """Picture of the slide and overlays."""
         return self.place / "overview.png"
 
     @property
@@ -131,18 +131,18 @@ class SlideFolder:
         return self.place / "manifest"
 
     def covered(self) -> list[str]:
-        """Return the names of the files whose bytes the slide's record covers; of chunks it covers the values."""
+        """Return the names of the files whose bytes the slide's record covers; for chunks, it covers the values."""
         stores = tuple(f"{store.name}/" for store in (self.heatmap, self.cams, self.features))
         found = (n for n in self.place.all_files() if n.startswith(stores) and n.endswith("/zarr.json"))
         return sorted([*found, "manifest/plan.json", *(p.name for p in (self.table, self.overview, self.tissue))])
 
     def holds(self, slide_id: str) -> bool:
-        """Return whether a slide was planned here, and none with another id."""
+        """Return whether a slide was planned here, and no slide with another id."""
         return (self.manifest / PLAN).is_file() and self.slide_id in (slide_id, "")
 
     @property
     def slide_id(self) -> str:
-        """The id of the slide that was planned here, as the heatmap is named; "" where that cannot be read."""
+        """The id of the slide that was planned here, from the heatmap's name; "" if that cannot be read."""
         with suppress(FileNotFoundError, ValueError, KeyError, TypeError, IndexError):
             metadata = read_json((self.heatmap / "zarr.json").read())
             return str(metadata["attributes"]["ome"]["multiscales"][0]["name"])
@@ -170,32 +170,32 @@ class RunFolder:
 
     @property
     def slides(self) -> StoragePath:
-        """A row a slide."""
+        """The table, with a row for each slide."""
         return self.place / "slides.csv"
 
     @property
     def display(self) -> StoragePath:
-        """The run's display windows, made when first asked for."""
+        """The run's display windows, computed on first use."""
         return self.place / "display.json"
 
     @property
     def record(self) -> StoragePath:
-        """The slides with their ids, written before work begins."""
+        """The slides and their ids, written before work begins."""
         return self.place / "slides.jsonl"
 
     def slide(self, slide_id: str) -> SlideFolder:
-        """Return the folder of a slide: as `folder_name` says, or where an older version has put its results."""
+        """Return the folder of a slide: the one that `folder_name` gives, or where an older version put its results."""
         return SlideFolder(self.place / self.path_of(slide_id))
 
     def path_of(self, slide_id: str) -> str:
-        """Return the path of a slide's folder from OUT."""
+        """Return the path of a slide's folder, relative to OUT."""
         name = folder_name(slide_id)
         if name != slide_id and not SlideFolder(self.place / name).holds(slide_id):
             return slide_id if SlideFolder(self.place / slide_id).holds(slide_id) else name
         return name
 
     def emptied(self, slide_id: str) -> SlideFolder:
-        """Return the folder in which a slide is made again: what an older version put elsewhere is deleted."""
+        """Return the folder for a slide that is computed again; what an older version put elsewhere is deleted."""
         new = SlideFolder(self.place / folder_name(slide_id))
         if (old := self.slide(slide_id)) != new:
             old.remove()
@@ -267,7 +267,7 @@ def run_values(run: RunPlan) -> dict[str, Any]:
     }
 
 
-# Of the model in run.yaml. Its name, its licence and where its file lies may be others when a run goes on.
+# Keys of the model in run.yaml. Its name, its licence and its file's location may change when a run is continued.
 MEANT = (
     "digest",
     "classes",
@@ -284,7 +284,7 @@ MEANT = (
 
 
 def made_with(values: dict[str, Any]) -> str:
-    """Return the sha256 of all in run.yaml that results depend on; a slide's record carries it."""
+    """Return the sha256 of everything in run.yaml on which results depend; a slide's record carries it."""
     model = {key: values["model"].get(key) for key in MEANT}
     meant = {"identity": values["identity"], "targets": values.get("targets"), "model": model}
     return hashlib.sha256(json.dumps(meant, sort_keys=True).encode()).hexdigest()
@@ -318,7 +318,7 @@ def parse_run(place: StoragePathLike, data: bytes) -> dict[str, Any]:
 
 
 def identity_problems(values: dict[str, Any]) -> Iterator[str]:
-    """Yield what in run.yaml does not follow from its identity, on which the results depend."""
+    """Yield everything in run.yaml that does not follow from its identity, on which the results depend."""
     identity, model, settings = values["identity"], values["model"], values.get("settings", {})
     if hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest() != values["run_digest"]:
         yield "run.yaml: run_digest is not that of identity"
@@ -335,20 +335,20 @@ def identity_problems(values: dict[str, Any]) -> Iterator[str]:
     }
     if "decode" in known:
         resolved["choice.decode"] = (values.get("choice", {}).get("decode"), known["decode"])
-    chosen = {"target", "layer", "engine", "precision", "batch_size", "decode"}  # the settings say what was asked for
+    chosen = {"target", "layer", "engine", "precision", "batch_size", "decode"}  # settings say what was asked for
     resolved |= {f"settings.{key}": (settings.get(key), known[key]) for key in known if key not in chosen}
     for name, (found, expected) in resolved.items():
         if found is not None and found != expected:
             yield f"run.yaml: {name} is {str(found)[:40]}, expected {str(expected)[:40]} from its identity"
 
 
-# What reads results makes room for a patch, and for the part of the slide under it.
+# Readers of results allocate memory for a patch, and for the part of the slide under it.
 MAX_PATCH_PX, MAX_MPP = 1 << 13, 1e4
 
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The model in run.yaml; what older versions did not write is empty.
+    """The model in run.yaml; fields that older versions did not write are empty.
 
     Attributes:
         patch_px: (height, width) of a patch, at `mpp` micrometres per pixel.
@@ -387,8 +387,8 @@ class RunRecord:
     """run.yaml for those who read results.
 
     Attributes:
-        run_digest: of all that results depend on besides the slide.
-        settings: by name, see `wsi_gradcam.Settings`; those that an older version did not have are missing.
+        run_digest: digest of everything on which results depend, besides the slide. settings: by name, see
+    `wsi_gradcam.Settings`; those that an older version did not have are missing.
         choice: engine and precision; None if an older version wrote it.
         is_slide_level: whether the model answers for whole slides.
     """
@@ -401,7 +401,7 @@ class RunRecord:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> RunRecord:
-        """Return the record of what `read_run` gave.
+        """Return the record from what `read_run` returned.
 
         Raises:
             StoreError: it is damaged.
@@ -417,19 +417,19 @@ class RunRecord:
             raise StoreError(
                 "run.yaml: not from wsi_gradcam, or damaged (settings is not a mapping); choose another --out"
             )
-        if isinstance(settings.get("method"), str):  # the first format has but one
+        if isinstance(settings.get("method"), str):  # the first format has only one
             settings = {**settings, "method": (settings["method"],)}
         spec = model.spec if isinstance(model.spec, dict) else {}
         return cls(values["run_digest"], settings, model, stored_choice(values), "aggregator" in spec)
 
     @property
     def reader(self) -> str:
-        """Reader that slides are opened with, by name."""
+        """The name of the reader with which slides are opened."""
         return str(self.settings.get("reader", "auto"))
 
     @property
     def channels(self) -> tuple[int, int, int] | None:
-        """Channels that are shown as red, green and blue, of slides of gray pictures; None where none were chosen."""
+        """Channels that are shown as red, green and blue, for slides of grey pictures; None if none were chosen."""
         match self.settings.get("channels"):
             case [int(red), int(green), int(blue)] if min(red, green, blue) >= 0:
                 return red, green, blue
@@ -445,7 +445,7 @@ def stored_choice(stored: dict[str, Any]) -> Choice | None:
 
 
 def is_encoded(stored: dict[str, Any]) -> bool:
-    """Return whether a run.yaml is of a run that made features, and nothing of them."""
+    """Return whether a run.yaml is that of a run that only computed features."""
     return bool(stored.get("encoding")) and not stored["model"].get("classes")
 
 
@@ -453,7 +453,7 @@ def check_same_run(place: StoragePathLike, run: RunPlan) -> None:
     """Refuse to mix results.
 
     Raises:
-        ResumeError: OUT was made by another model or configuration; says what differs.
+        ResumeError: OUT was made by another model or configuration; the message says what differs.
     """
     stored = read_run(place)
     if stored is None or stored["run_digest"] == run.digest():

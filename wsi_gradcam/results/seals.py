@@ -1,7 +1,7 @@
-"""Seals: the sha256 that a file of text carries of itself, and that a listing has of the files in a folder.
+"""Seals: the sha256 of itself that a text file contains, and those that a listing has of a folder's files.
 
-A seal is taken over all bytes of the file, with zeros where its own digits stand. It tells damage and slips of the
-hand; whoever means to forge a result can forge its seals too.
+A seal is taken over all bytes of the file, with zeros in place of its own digits. It reveals damage and accidents;
+whoever wants to forge a result can forge its seals too.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ COMMENT = f"<!-- {KEY}: {BLANK} -->\n"  # of HTML
 READ_BYTES = 16 << 20
 LISTING = "files.json"
 THREADS = 8
-NAMED = 5  # files that are too many
-# As JSON, YAML and HTML write it; what users name can only stand within quotes, or behind it.
+NAMED = 5  # unexpected files
+# As JSON, YAML and HTML write it; names given by users can only occur within quotes, or after it.
 _SEAL = re.compile(rf"""(?:"{KEY}": "|\A{KEY}: '|\A<!-- {KEY}: )([0-9a-f]{{64}})(?:["']| -->)""".encode())
 _HALVES = (b"sha256_of", b"_the_rest")  # a flipped byte leaves one of them
 
 
-ACCOUNT = ("status.json", "run.html", "claim.json")  # in which a run tells of itself, beside its log
+ACCOUNT = ("status.json", "run.html", "claim.json")  # in which a run describes itself, beside its log
 
 
 def is_account(name: str) -> bool:
-    """Return whether a file tells of the run, and is no result.
+    """Return whether a file describes the run, and is not a result.
 
     >>> is_account("log/1.jsonl"), is_account("a.tif/run.html")
     (True, False)
@@ -50,7 +50,7 @@ def is_account(name: str) -> bool:
 
 
 class Seal(StrEnum):
-    """The state of a file's seal; older versions made files without one."""
+    """The state of a file's seal; older versions wrote files without one."""
 
     HOLDS = "holds"
     BROKEN = "broken"
@@ -58,7 +58,7 @@ class Seal(StrEnum):
 
 
 def sealed(data: bytes) -> bytes:
-    """Return a text that has `KEY` with the value `BLANK`, with its seal in place of that."""
+    """Return a text, which has `KEY` with the value `BLANK`, with its seal in place of that value."""
     found = _SEAL.search(data)
     assert found is not None, "no place for a seal"
     return data[: found.start(1)] + hashlib.sha256(data).hexdigest().encode() + data[found.end(1) :]
@@ -90,7 +90,7 @@ def sha256_of(place: StoragePath) -> str:
 
 
 def digests_of(place: StoragePath, names: Iterable[str]) -> dict[str, str]:
-    """Return the sha256 of files below a folder, by name; "" of one that is not there."""
+    """Return the sha256 of files below a folder, by name; "" for one that does not exist."""
     ordered = sorted(names)
     with ThreadPoolExecutor(THREADS) as pool:
         return dict(zip(ordered, pool.map(lambda name: _digest(place / name), ordered), strict=True))
@@ -104,11 +104,11 @@ def _digest(place: StoragePath) -> str:
 
 
 def file_problems(place: StoragePath, digests: Mapping[str, str], present: Iterable[str]) -> Iterator[str]:
-    """Yield what differs between digests and the files below a folder, of which `present` should be known or be none.
+    """Yield what differs between digests and the files below a folder; those `present` should all be known.
 
     Args:
         digests: sha256 by name.
-        present: names of files that are there.
+        present: names of files that exist.
     """
     outside = [name for name in digests if leads_out(name)]
     yield from (f"{name!r} is not the name of a file of these results" for name in outside[:NAMED])
@@ -123,7 +123,7 @@ def file_problems(place: StoragePath, digests: Mapping[str, str], present: Itera
 
 
 def leads_out(name: str) -> bool:
-    """Return True for a name of no file below a folder: with parts that are empty or lead upwards.
+    """Return whether a name cannot be that of a file below a folder: it has parts that are empty or lead upwards.
 
     >>> leads_out("a/b.json"), leads_out("../b.json"), leads_out("/etc/b.json")
     (False, True, True)
@@ -132,7 +132,7 @@ def leads_out(name: str) -> bool:
 
 
 def listing_problems(place: StoragePath, data: bytes, left_out: Callable[[str], bool]) -> Iterator[str]:
-    """Yield what differs between the listing that `data` are and the files below a folder, but for those left out."""
+    """Yield what differs between the listing in `data` and the files below a folder, except those left out."""
     if seal_of(data) is not Seal.HOLDS:
         yield f"{LISTING} differs from what was made"
     digests = read_json(data)["files"]
@@ -141,18 +141,18 @@ def listing_problems(place: StoragePath, data: bytes, left_out: Callable[[str], 
 
 
 def write_listing(place: StoragePath, coming: Mapping[str, bytes], left_out: Callable[[str], bool]) -> None:
-    """Write the sha256 of all files below a folder, and of those that come next, but for those left out."""
+    """Write the sha256 of all files below a folder, and of those that come next, except those left out."""
     names = {name for name in place.all_files() if name != LISTING and name not in coming and not left_out(name)}
     digests = digests_of(place, names) | {name: hashlib.sha256(data).hexdigest() for name, data in coming.items()}
     (place / LISTING).write(sealed_json({"files": dict(sorted(digests.items()))}, indent=1))
 
 
-# A folder of exports has a listing, with the sha256 of each file and folder that exports made there. While an export
-# works it keeps a journal beside it: a line of JSON for each path that is begun, and for each job that is done.
+# A folder of exports has a listing, with the sha256 of each file and folder that exports made there. While an export is
+# working, it keeps a journal beside it: a line of JSON for each path that is begun and for each job that is done.
 EXPORTS = "exports.json"
 JOURNAL = re.compile(rf"\.export\.([0-9a-f]{{32}}){re.escape(PARTIAL)}")
 MAX_JOURNAL_BYTES = 1 << 28
-# Of the folders that exports make, by their endings: the files in them.
+# The folders that exports make, by their endings: the files in them.
 CONTENTS = {
     ".ome.zarr": re.compile(
         r"(.*/)?\.z(array|attrs|group|metadata)|(labels/[^/]+/)?[0-9]+(/[0-9]+)+|OME/METADATA\.ome\.xml"
@@ -167,14 +167,14 @@ CONTENTS = {
 
 
 def contents_of(name: str) -> re.Pattern[str] | None:
-    """Return which files are in a folder of this name that an export makes; None for the name of a file."""
+    """Return which files an export puts into a folder of this name; None for the name of a file."""
     return next((contents for ending, contents in CONTENTS.items() if name.endswith(ending)), None)
 
 
 def export_digest(place: StoragePath, name: str) -> str:
-    """Return the sha256 of a file that an export made, or of the lines that `sha256sum` gives of a folder's files.
+    """Return the sha256 of an exported file, or of the lines that `sha256sum` prints for a folder's files.
 
-    It is "" where nothing is there. Files that no export makes do not count.
+    It is "" if nothing is there. Files that no export makes do not count.
     """
     if (contents := contents_of(name)) is None:
         return _digest(place / name)
@@ -184,10 +184,10 @@ def export_digest(place: StoragePath, name: str) -> str:
 
 
 def read_exports(place: StoragePath) -> dict[str, str]:
-    """Return the digests in a listing of exports by the paths of files and folders; none where there is no listing.
+    """Return the digests in a listing of exports, by the paths of files and folders; none if there is no listing.
 
     Raises:
-        ValueError: it is damaged, or none of ours.
+        ValueError: it is damaged, or not ours.
         StoreError: it cannot be read.
     """
     try:
@@ -207,7 +207,7 @@ def export_problems(place: StoragePath, notes: list[str], where: str = "", is_th
     Args:
         notes: what could not be checked is added to them.
         where: the folder, in messages.
-        is_theirs: there is nothing else in the folder.
+        is_theirs: whether there is nothing else in the folder.
     """
     try:
         digests = read_exports(place / EXPORTS)
@@ -229,7 +229,7 @@ def export_problems(place: StoragePath, notes: list[str], where: str = "", is_th
 
 
 def _begun_exports(place: StoragePath) -> set[str] | None:
-    """Return the paths that exports have begun which have not ended; None where there is no such export."""
+    """Return the paths begun by exports that have not ended; None if there is no such export."""
     if not isinstance(place, LocalPath) or not place.path.is_dir():
         return None
     journals = [file for file in place.path.iterdir() if JOURNAL.fullmatch(file.name) and file.is_file()]
@@ -238,7 +238,7 @@ def _begun_exports(place: StoragePath) -> set[str] | None:
 
 
 def journal_lines(place: Path) -> list[dict[str, Any]]:
-    """Return the lines of the journal of an export, without one that was cut short."""
+    """Return the lines of an export's journal, without one that was cut short."""
     found = []
     for text in read_file(place, MAX_JOURNAL_BYTES).decode("ascii", "replace").splitlines():
         with suppress(ValueError):

@@ -50,10 +50,7 @@ MAX_TILE_PX, MAX_TILES = 1 << 26, 1 << 24
 MOST_FINER = 2.0  # pixels of a mask per pixel of the slide, along an axis
 SAME_BYTES, KEPT = 4096, 8  # tiles with a single label are small, identical and many: they are decoded once
 WHITE_IS_ZERO, BLACK_IS_ZERO, COLOURS, PALETTE, UPRIGHT = 0, 1, 2, 3, 1
-MISPLACED, PLACED = (
-    0.1,
-    0.5,
-)  # shares of a drawing on tissue: at most this in a wrong frame, at least this in the right one
+MISPLACED, PLACED = 0.1, 0.5  # share of a drawing on tissue: at most in a wrong frame, at least in the right one
 
 
 def read_annotations(path: Path) -> Annotations:
