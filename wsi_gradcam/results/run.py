@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 MAX_LISTED = 20  # slides in a notebook
-RESULT_FOLDERS = frozenset({"cams.zarr", "heatmap.ome.zarr", "manifest"})  # of a slide's folder, where no slide is
+RESULT_FOLDERS = frozenset({"cams.zarr", "heatmap.ome.zarr", "manifest"})  # in a slide's folder; not slides
 
 
 class Result:
@@ -162,7 +162,7 @@ def open_result(out: StoragePathLike, *, remote_slides: bool = False) -> Result:
 
 
 def find_result(path: StoragePathLike) -> tuple[Result, SlideResult | None]:
-    """Find the result that `path` is or lies in, and the slide whose folder or file it is, if any.
+    """Find the result at or around `path`, and the slide whose folder or file it is, if any.
 
     Raises:
         ResultError: there is none.

@@ -48,7 +48,7 @@ LOGIT, SHARE = ANSWERS
 TOP = 10  # patches whose mean probability is a score of the slide
 Scores = dict[str, dict[str, float]]
 
-# Folders of the system whose files are no files: to read some is to wait for ever.
+# System folders whose entries are not regular files: reading some of them means waiting for ever.
 SYSTEM_FOLDERS = ("/proc", "/sys", "/dev")
 
 
@@ -79,7 +79,7 @@ def check_named(path: str, out: str, remote: bool) -> None:
 
 
 def slide_address(path: str, out: str) -> str:
-    """Return the path of a slide; for a URL in another bucket than the results', one that is not signed for."""
+    """Return the path of a slide; for a URL in a bucket other than the results', one that is not signed."""
     return as_listed(path, {host_of_url(out)} if is_url(out) else ())
 
 
@@ -105,7 +105,7 @@ class SlideResult:
 
     @cached_property
     def status(self) -> str:
-        """The status: `ok`, `no_tissue`, `failed`, or `unfinished`; nothing is read for slides in slides.csv."""
+        """The status: `ok`, `no_tissue`, `failed` or `unfinished`; nothing is read for slides in slides.csv."""
         if self.row:
             return self.row["status"]
         done = Manifest(self.folder.manifest).done()
@@ -177,7 +177,7 @@ class SlideResult:
     @cached_property
     def store(self) -> HeatmapStore:
         """The heatmap store, opened for reading."""
-        planned = self.plan.level_shapes  # says what is wrong where there is none
+        planned = self.plan.level_shapes  # says what is wrong if there is none
         return HeatmapStore(self.folder.heatmap, read_only=True, planned=planned)
 
     @cached_property
@@ -202,7 +202,7 @@ class SlideResult:
         return self.store.read(self._level(level), found.number, region)
 
     def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Read the bits of each pixel of `region`: 1 tissue, 2 explained (else it has no value), 4 unreadable."""
+        """Read the bits of each pixel in `region`: 1 tissue, 2 explained (otherwise it has no value), 4 unreadable."""
         return self.store.read_flags(self._level(level), region)
 
     def heatmap(self, channel: str | int | ChannelInfo, level: int = 0, *, masked: bool = False) -> xr.DataArray:
@@ -213,7 +213,7 @@ class SlideResult:
         explained, or NaN with `masked`.
         """
         with from_extra("xarray", "heatmap"):
-            from wsi_gradcam.results.lazy import lazy_channel  # not above: dask and xarray
+            from wsi_gradcam.results.lazy import lazy_channel  # not imported above: dask and xarray
 
         return lazy_channel(self.store, self.plan, self._level(level), self.channel(channel), masked=masked)
 

@@ -1,7 +1,7 @@
-"""The slides of a run: `slides.jsonl`, their ids, written before work begins; `slides.csv`, how each ended.
+"""The slides of a run: `slides.jsonl` has their ids, written before work begins; `slides.csv` how each ended.
 
-A slide that the run knows by its path keeps its id. A new slide gets the id that it would have in a new run, unless
-another slide given with it has that id, or one's results would lie inside the other's: then more of its path.
+A slide that the run knows by its path keeps its id. A new slide gets the id that it would have in a new run, or one
+with more of its path if another given slide has that id, or one's results would lie inside the other's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ OPTIONAL_KEYS = ("mpp", "mask", "label", "site", "scanner", "patient")
 
 
 def read_slide_records(place: StoragePathLike) -> Record:
-    """Read the line that `record_slides` wrote of each slide, by id; empty if there is none.
+    """Read the line that `record_slides` wrote for each slide, by id; empty if there is none.
 
     Raises:
         StoreError: it cannot be read, or is damaged.
@@ -46,7 +46,7 @@ def read_slide_records(place: StoragePathLike) -> Record:
 
 
 def parse_slide_records(place: StoragePathLike, data: bytes) -> Record:
-    """Return the rows, by id, in the bytes of a slides.jsonl; others raise StoreError."""
+    """Return the rows, by id, in the bytes of a slides.jsonl; anything else raises a StoreError."""
     try:
         _check_lines(data)
         rows = [read_json(line) for line in data.splitlines()]
@@ -59,8 +59,8 @@ def parse_slide_records(place: StoragePathLike, data: bytes) -> Record:
     return {row["id"]: row for row in rows}
 
 
-MAX_LINE_BYTES = 1_000_000  # a slide's has some hundred
-MAX_SLIDES = 250_000  # of a run, as many as a list may name
+MAX_LINE_BYTES = 1_000_000  # a slide's line has a few hundred
+MAX_SLIDES = 250_000  # slides of a run, as many as a list may name
 
 
 def _check_lines(data: bytes) -> None:
@@ -74,10 +74,10 @@ def _check_lines(data: bytes) -> None:
 
 
 def record_slides(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list[SlideEntry]:
-    """Return the slides with the ids that the run keeps for them, after writing these down.
+    """Return the slides with the ids that the run keeps for them, after recording the ids.
 
     Raises:
-        ConfigError: more slides than a run may have.
+        ConfigError: there are more slides than a run may have.
         StoreError: it cannot be read or written, or is damaged.
     """
     settled: list[SlideEntry] = []
@@ -103,8 +103,8 @@ def record_slides(place: StoragePathLike, entries: Sequence[SlideEntry]) -> list
 def assign_ids(entries: Sequence[SlideEntry], record: Mapping[str, Mapping[str, Any]]) -> list[SlideEntry]:
     """Return the slides sorted by id, each with the id recorded for its path; new ones with ids that fit in.
 
-    An id whose recorded path is not among the slides goes to the new slide that would have it in a new run: an
-    archive that moved. Results of another file are refused later, by their digest.
+    An id whose recorded path is not among the slides goes to the new slide that would have it in a new run, as when an
+    archive has moved. Results of a different file are refused later, by their digest.
     """
     known = {as_path(row["path"]): name for name, row in record.items()}
     given = {entry.path for entry in entries}
@@ -127,7 +127,7 @@ def assign_ids(entries: Sequence[SlideEntry], record: Mapping[str, Mapping[str, 
 
 
 class _Ids:
-    """Ids that are taken: of no two does one name a folder above the other's."""
+    """Ids that are taken; none names a folder that contains another's."""
 
     def __init__(self, ids: Mapping[str, Any]) -> None:
         self._ids: set[str] = set()
@@ -141,12 +141,12 @@ class _Ids:
         self._folders.update(folders_of(name))
 
     def fits(self, name: str) -> bool:
-        """Return whether an id can be taken too."""
+        """Return whether an id is still available."""
         return not (name in self._ids or name in self._folders or any(up in self._ids for up in folders_of(name)))
 
 
 def _longer(path: str) -> Iterator[str]:
-    """Yield ids of a slide, with more and more of its path; in the end numbered, without an end."""
+    """Yield ids for a slide, with more and more of its path, and finally numbered ones, endlessly."""
     parts = path_parts(path)
     for count in range(1, len(parts) + 1):
         yield as_text("/".join(parts[-count:]))
@@ -157,13 +157,13 @@ def _longer(path: str) -> Iterator[str]:
 
 
 def _held_by_another(row: Mapping[str, Any] | None, path: str) -> bool:
-    """Return whether the id belongs to another file that is still there: this one is a copy, or will be refused."""
+    """Return whether the id belongs to another file that still exists: this one is a copy, or will be refused."""
     return row is not None and (there := as_path(row["path"])) != path and is_there(there)
 
 
 def is_there(path: str) -> bool:
     """Return whether a slide may be read: a file that exists, or any URL."""
-    return is_url(path) or os.path.exists(path)  # noqa: PTH110 - of a moved archive, each is asked
+    return is_url(path) or os.path.exists(path)  # noqa: PTH110 - called for every slide of a moved archive
 
 
 def _row(entry: SlideEntry) -> dict[str, Any]:
@@ -174,18 +174,18 @@ def _row(entry: SlideEntry) -> dict[str, Any]:
 
 
 def _sealed(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a row with its seal; it keeps one that it has."""
+    """Return a row with its seal; an existing seal is kept."""
     sealed: dict[str, Any] = dict(row) if KEY in row else json.loads(sealed_json(row))
     return sealed
 
 
 def encode_slide_records(rows: Record) -> bytes:
-    """Return the file of rows by id."""
+    """Return the file's content from rows by id."""
     return b"".join(json.dumps(rows[name]).encode() + b"\n" for name in sorted(rows))
 
 
 def record_problems(data: bytes, rows: Record) -> Iterator[str]:
-    """Yield what is wrong with the bytes of a slides.jsonl, which hold these rows; older versions sealed none."""
+    """Yield what is wrong with the bytes of a slides.jsonl with these rows; older versions had no seals."""
     seals = [seal_of(line) for line in data.splitlines()]
     expected = Seal.MISSING if set(seals) == {Seal.MISSING} else Seal.HOLDS
     for number, seal in enumerate(seals, 1):
@@ -215,14 +215,14 @@ COLUMNS = (
 )
 
 
-# Behind them, of slide-level models, two columns a class.
+# After them, for slide-level models, two columns per class.
 ANSWERS = ("slide_logit_", "slide_probability_")
 
-MOST_NAMED = 4  # classes of an answer in words
+MOST_NAMED = 4  # classes in an answer in words
 
 
 def answer_shares(logits: Mapping[str, float], activation: SlideActivation) -> dict[str, float]:
-    """Return the probabilities of a slide's logits by class, in float32 as all results have them."""
+    """Return the probabilities of a slide's logits by class, in float32 like all results."""
     values = np.array([list(logits.values())], np.float32)
     return dict(zip(logits, probabilities(values, activation)[0].tolist(), strict=True)) if logits else {}
 
@@ -240,7 +240,7 @@ def answer_in_words(logits: Mapping[str, float], shares: Mapping[str, float]) ->
     return ", ".join(named[:MOST_NAMED]) + (", ..." if len(named) > MOST_NAMED else "")
 
 
-MOST_ALIKE = 4096  # cells that are looked for in later rows: of many slides status, model, mpp and site are the same
+MOST_ALIKE = 4096  # cells that are reused in later rows: many slides share their status, model, mpp and site
 DIGITS = 16
 OLDEST = 11  # columns that every version had, the first ones
 
@@ -261,7 +261,7 @@ def read_slides(place: StoragePathLike) -> dict[str, dict[str, str]]:
 
 
 def parse_rows(place: StoragePathLike, data: bytes) -> dict[str, dict[str, str]]:
-    """Return the rows, by slide id, in the bytes of a slides.csv; others raise StoreError."""
+    """Return the rows, by slide id, in the bytes of a slides.csv; anything else raises a StoreError."""
     try:
         _check_lines(data)
         reader = csv.reader(io.StringIO(data.decode("utf-8", NAMES), newline=""))
@@ -303,7 +303,7 @@ def row_digest(row: Mapping[str, Any]) -> str:
 
 
 def encode_rows(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Return the file of rows by id; each keeps the digest that it has."""
+    """Return the file's content from rows by id; each keeps the digest that it has."""
     buffer = io.StringIO(newline="")
     answers = dict.fromkeys(name for key in sorted(rows) for name in rows[key] if name.startswith(ANSWERS))
     plain, quoted = (
@@ -313,7 +313,7 @@ def encode_rows(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
     plain.writeheader()
     for key in sorted(rows):
         row = {**rows[key], "row_digest": rows[key].get("row_digest") or row_digest(rows[key])}
-        # Python's csv does not quote a carriage return alone, and reads it as the end of a row.
+        # Python's csv does not quote a lone carriage return, and reads it as the end of a row.
         (quoted if any("\r" in str(cell) for cell in row.values()) else plain).writerow(
             {name: safe_cell(value) for name, value in row.items()}
         )
@@ -321,7 +321,7 @@ def encode_rows(rows: Mapping[str, Mapping[str, Any]]) -> bytes:
 
 
 def row_problems(data: bytes, rows: Mapping[str, Mapping[str, str]]) -> Iterator[tuple[str, str]]:
-    """Yield what is wrong with the bytes of a slides.csv, which hold these rows, with the slide's id or ""."""
+    """Yield what is wrong with the bytes of a slides.csv with these rows, with the slide's id or ""."""
     if not any(row["row_digest"] for row in rows.values()):
         return  # an older version wrote it
     if data != encode_rows(rows):
@@ -334,8 +334,8 @@ def row_problems(data: bytes, rows: Mapping[str, Mapping[str, str]]) -> Iterator
 class SlideTable:
     """Adds rows to slides.csv; other processes may add theirs to the same file.
 
-    The file is written whole each time, so for a large archive not after every slide: rows wait until writing costs
-    less than a twentieth of the time. Rows lost with a killed process are made again from the manifests.
+    The whole file is written each time, so for a large archive this does not happen after every slide: rows wait until
+    writing costs less than a twentieth of the time. Rows lost with a killed process are restored from the manifests.
     """
 
     def __init__(self, place: StoragePathLike) -> None:
@@ -344,7 +344,7 @@ class SlideTable:
         self._next = 0.0
 
     def add(self, row: dict[str, Any]) -> None:
-        """Take a row, and write all that wait if it is time."""
+        """Add a row, and write all waiting ones if it is time."""
         self._waiting[row["id"]] = row
         started = time.monotonic()
         if started >= self._next:
@@ -353,7 +353,7 @@ class SlideTable:
             self._next = now + 20 * (now - started)
 
     def flush(self) -> None:
-        """Write the rows that wait.
+        """Write the waiting rows.
 
         Raises:
             StoreError: the folder cannot be written.

@@ -1,7 +1,7 @@
-"""Validation of results: they must agree with their digests, with the specification, and with their slide.
+"""Validation of results, which must agree with their digests, with the specification and with their slides.
 
-All that a result means has a digest: values of arrays, bytes of all other files. Of what older versions made without
-one, that is checked which follows from something else.
+Everything that carries meaning has a digest: the values of arrays and the bytes of all other files. What older versions
+wrote without one is checked as far as it follows from something else.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.manifest import SlidePlan
 
 AUDIT, EVIDENCE = "audit", "evidence"
-GIVEN = ("names.yaml",)  # by the user, in OUT/evidence
+GIVEN = ("names.yaml",)  # written by the user, in OUT/evidence
 UNFINISHED = "is not finished; run the same explain command again"
 OLD = "made by an older version, which stored fewer digests, so it was checked only against other files"
 
@@ -91,9 +91,9 @@ class Validation:
     """The outcome of a validation.
 
     Attributes:
-        findings: all that is wrong.
+        findings: everything that is wrong.
         notes: what could not be checked, and why, in lines.
-        failed: ids of the slides that failed: their files are not at fault, but not all are there.
+        failed: ids of the slides that failed: their files are not wrong, but incomplete.
     """
 
     findings: list[Finding]
@@ -102,25 +102,25 @@ class Validation:
 
 
 def validate(out: StoragePathLike, *, remote_slides: bool = False) -> list[Finding]:
-    """Return all that is wrong with the results in `out`; empty if everything is right.
+    """Return everything that is wrong with the results in `out`; empty if all is right.
 
-    For each slide that is finished: the stores hold exactly the values that the manifest recorded, span by span and
-    block by block; the other files are, byte by byte, as they were made, and there are no more; the heatmap obeys
-    OME-Zarr 0.5 and lies over the whole slide at the right scale on every level; the table has a row a patch with the
-    stored values; the slide is still the same file. Files of the run agree with their digests and with the slides, and
-    so do an audit that is finished, and exports. A slide that was planned and neither finished nor failed is a finding.
-    Slides behind URLs are asked for with `remote_slides` only; without, a note says that they were not compared. `out`
-    may also be a folder of exports.
+    For each finished slide: the stores contain exactly the values that the manifest recorded, span by span and block by
+    block; the other files are byte for byte as they were written, and there are no others; the heatmap conforms to
+    OME-Zarr 0.5 and covers the whole slide at the right scale on every level; the table has a row for each patch with
+    the stored values; the slide is still the same file. The run's own files agree with their digests and with the
+    slides, and so do a finished audit and exports. A slide that was planned but has neither finished nor failed is a
+    finding. Slides at URLs are requested only with `remote_slides`; without it, a note says that they were not
+    compared. `out` may also be a folder of exports.
 
     Raises:
-        ConfigError: `out` is no result.
+        ConfigError: `out` is not a result.
         StoreError: it cannot be read at all.
     """
     return check(out, remote_slides=remote_slides).findings
 
 
 def check(out: StoragePathLike, *, remote_slides: bool = False) -> Validation:
-    """Validate results, see `validate`, and say what could not be checked."""
+    """Validate results as in `validate`, and also return what could not be checked."""
     folder = RunFolder(storage_path(out))
     data = _bytes(folder.run)
     if data is None and (folder.place / EXPORTS).is_file():
@@ -140,7 +140,7 @@ def check(out: StoragePathLike, *, remote_slides: bool = False) -> Validation:
             run.findings += [Finding(name, problem) for problem in problems]
     wanted = [
         name for name, given in run.slides.items() if is_there(as_path(given["path"]))
-    ]  # others have left the archive
+    ]  # the others have left the archive
     left = dict.fromkeys(name for name in (*planned_slides(folder), *wanted) if name not in run.rows)
     run.findings += [Finding(name, UNFINISHED) for name in left]
     if old:
@@ -159,25 +159,23 @@ def _bytes(place: StoragePath) -> bytes | None:
 
 
 def _told(what: str, problems: Iterable[str]) -> Iterator[str]:
-    """Yield problems with a file; where it cannot be read, that is one."""
+    """Yield problems with a file; being unreadable is one."""
     try:
         yield from problems
     except WsiGradcamError as error:
         yield one_line(error)
-    except Exception as error:  # damaged files may raise anything; each is a finding, not a crash
+    except Exception as error:  # damaged files may raise any error; each is a finding, not a crash
         yield f"{what} cannot be read: {one_line(error)}"
 
 
 class _Run:
-    """The files of the run itself, checked as they are read; what is damaged counts as empty.
+    """The files of the run itself, checked as they are read; damaged ones count as empty.
 
     Attributes:
         findings, notes: see `Validation`.
-        old: what an older version made, of which not all can be checked.
-        values, record: the content of run.yaml.
-        rows: of slides.csv.
-        slides: of slides.jsonl.
-        out, remote_slides: where the results are, and whether slides behind URLs may be asked for.
+        old: names of what an older version made, of which not everything can be checked. values, record: the content of
+    run.yaml. rows: those of slides.csv. slides: those of slides.jsonl. out, remote_slides: where the results are, and
+    whether slides at URLs may be requested.
     """
 
     def __init__(self, folder: RunFolder, data: bytes, remote_slides: bool) -> None:
@@ -231,7 +229,7 @@ class _Run:
             self.findings += [Finding(name, "is not in slides.jsonl") for name in self.rows if name not in self.slides]
 
     def _check_account(self, place: StoragePath, above: str = "") -> Iterator[str]:
-        """Yield what is wrong with the files in which a run tells of itself."""
+        """Yield what is wrong with the files in which a run describes itself."""
         status, page = _bytes(place / "status.json"), _bytes(place / "run.html")
         if status is not None and seal_of(status) is Seal.BROKEN:
             yield f"{above}status.json differs from what was written"
@@ -242,9 +240,9 @@ class _Run:
             yield f"{above}run.html differs from what was written"
 
     def _check_part(self, part: str, place: StoragePath, last: str) -> Iterator[str]:
-        """Yield what is wrong with an audit, or with evidence, by the listing of its files.
+        """Yield what is wrong with an audit, or with evidence, according to the listing of its files.
 
-        That is there once it is finished; the file that is written `last` is there then, too.
+        The listing exists once it is finished, and so does the file that is written `last`.
         """
         plan, listing, metrics = (_bytes(place / name) for name in ("plan.json", LISTING, last))
         if plan is None and listing is None and metrics is None:
@@ -262,7 +260,7 @@ class _Run:
             yield from _check_part_plan(part, read_json(plan), self.values)
 
     def _check_exports(self, out: StoragePath) -> Iterator[str]:
-        """Yield what is wrong with exports in OUT, in `exports` or in other folders at the top, by their listings."""
+        """Yield what is wrong with exports in OUT, in `exports` or other folders at its top, by their listings."""
         yield from export_problems(out, self.notes, is_theirs=False)
         others = set(out.folder_names()) - {name.partition("/")[0] for name in self.rows}
         for name in sorted(others):
@@ -288,7 +286,7 @@ def _check_part_plan(part: str, values: dict[str, Any], run: dict[str, Any] | No
 
 
 def _check(name: str, folder: SlideFolder, run: _Run, old: list[str]) -> Iterator[str]:
-    """Yield all that is wrong with a slide's results; its name is added to `old` where an older version made them."""
+    """Yield everything wrong with a slide's results; its name is added to `old` if an older version made them."""
     manifest = Manifest(folder.manifest)
     plan, done = manifest.plan(), manifest.done()
     if plan is not None and run.values is not None and is_encoded(run.values):
@@ -311,7 +309,7 @@ def _check(name: str, folder: SlideFolder, run: _Run, old: list[str]) -> Iterato
     yield from _told("manifest/plan.json", _check_plan(plan, run))
     yield from _told("slides.csv", _check_row(run.rows[name], plan, done, run))
     reshaped = {problem.partition("/")[0] for problem in files if is_of_array(problem.partition(" ")[0])}
-    if folder.cams.name not in reshaped:  # else its arrays may say any size
+    if folder.cams.name not in reshaped:  # otherwise its arrays may claim any size
         yield from _told("cams.zarr", _check_spans(folder, plan, done))
         yield from _told("patches.parquet", _check_table(folder, plan, run))
     yield from _told("heatmap.ome.zarr", _check_heatmap(folder, plan, done, run, folder.heatmap.name not in reshaped))
@@ -332,7 +330,7 @@ def _check_record(name: str, folder: SlideFolder, plan: SlidePlan, done: SlideDo
 
 
 def _check_plan(plan: SlidePlan, run: _Run) -> Iterator[str]:
-    """Yield what in a plan does not follow from run.yaml and the slide's size."""
+    """Yield everything in a plan that does not follow from run.yaml and the slide's size."""
     if run.values is None:
         return
     model, settings = run.values["model"], run.values["identity"]["settings"]
@@ -344,7 +342,7 @@ def _check_plan(plan: SlidePlan, run: _Run) -> Iterator[str]:
     expected = patch_grid(plan.slide_px, plan.slide_mpp, (height, width), model["mpp"], (height, width)).footprint
     if bool(plan.features) != ("given_features" in settings):
         yield "manifest/plan.json and run.yaml differ in whether features were made elsewhere"
-    if plan.features:  # then patches are as large as in `boxes`, which have a digest
+    if plan.features:  # patches are then as large as `boxes` says, which has a digest
         expected = plan.footprint
     if not np.allclose(plan.footprint, expected, rtol=1e-9, atol=0):
         yield f"manifest/plan.json has a footprint of {plan.footprint}, expected {expected}"
@@ -355,7 +353,7 @@ def _check_plan(plan: SlidePlan, run: _Run) -> Iterator[str]:
 
 
 def _check_row(row: dict[str, str], plan: SlidePlan, done: SlideDone, run: _Run) -> Iterator[str]:
-    """Yield what in a row of slides.csv does not follow from the slide's manifest; it may tell of a later failure."""
+    """Yield what in a row of slides.csv does not follow from the slide's manifest; it may record a later failure."""
     outcome = done.outcome
     expected = {"status": outcome.status, "patches": outcome.patches, "unreadable": outcome.unreadable}
     expected |= {"mpp_y": plan.slide_mpp[0], "mpp_x": plan.slide_mpp[1], "slide_digest": plan.slide_digest}
@@ -404,7 +402,7 @@ def _check_heatmap(
 ) -> Iterator[str]:
     try:
         check_specification(folder.heatmap)
-    except Exception as error:  # its own error types differ between releases
+    except Exception as error:  # its error types differ between releases
         yield f"heatmap.ome.zarr is not valid OME-Zarr: {one_line(error)}"
         return
     if not with_values:
@@ -428,7 +426,7 @@ def _check_heatmap(
 
 
 def _check_channels(attributes: dict[str, Any], plan: SlidePlan, run: _Run) -> Iterator[str]:
-    """Yield what in the description of the channels does not follow from run.yaml, and windows without a width."""
+    """Yield what in the channels' description does not follow from run.yaml, and windows without a width."""
     channels = attributes["ome"]["omero"]["channels"]
     for channel in channels:
         window = [channel["window"][key] for key in ("min", "start", "end", "max")]
