@@ -245,7 +245,7 @@ def prepare(folder: Path, side: int, ratio: float, settings: Settings) -> Work:
 
 def begin(arguments: argparse.Namespace, folder: Path) -> tuple[Work, Any]:
     """The slide with its model, and the positions of the patches."""
-    chosen = {} if arguments.decode == "exact" else {"decode": arguments.decode}  # older checkouts have no choice
+    chosen = {"decode": arguments.decode} if "decode" in Settings.model_fields else {}  # older checkouts have no choice
     settings = make_settings(engine=arguments.engine, precision=arguments.precision, min_tissue=0.0, **chosen)
     work = prepare(folder, arguments.side, arguments.mpp_ratio, settings)
     return work, work.places(folder / "plan")
@@ -359,7 +359,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--mpp-ratio", type=float, default=1.0, help="pixels of the model over the slide's (default 1)")
     parser.add_argument("--rate", type=float, help="patches/s of a device that is waited for; no model then computes")
     parser.add_argument("--against", type=Path, metavar="CHECKOUT", help="another checkout, to compare with by turns")
-    parser.add_argument("--decode", default="exact", help="as for explain (default exact)")
+    parser.add_argument("--decode", default="exact", help="as for explain, where a checkout knows it (default exact)")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side (default 3)")
     parser.add_argument("--engine", default="auto", help="as for explain")
