@@ -1,4 +1,4 @@
-"""Make the program that explains a run: the requested one, or the fastest that preserves the maps.
+"""Choose the program that explains a run: the requested one, or the fastest that preserves the maps.
 
 Choices are stored on the machine: timing is noisy, and a worker has fewer threads than a process on its own, so the
 same command could choose OpenVINO once and eager PyTorch the next time, whose values differ in the last bits.
@@ -39,12 +39,12 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.methods import Score
 
 
-# Stricter than what is promised of all patches (0.999 and 99 %), because a few dozen stand for them here: over 2,970
-# patches the lowest correlation of bfloat16 was 0.9992 where 32 patches had 0.99995.
+# Stricter than what is promised for all patches (0.999 and 99%), because a few dozen represent them here: over 2,970
+# patches, the lowest correlation in bfloat16 was 0.9992, whereas 32 patches had 0.99995.
 MIN_PEARSON, MAX_PEAK_RISK = 0.9998, 0.003
 # A less exact or less plain program must be worth it, and two runs on one machine should choose alike.
 MIN_SPEEDUP = 1.2
-TOLERANCE = 1e-3  # of the largest logit: what float32 may differ by on another engine
+TOLERANCE = 1e-3  # share of the largest logit by which float32 may differ on another engine
 TEST_IMAGES = 8  # images
 TIMED_S = 0.4
 MAX_TIMINGS = 5
@@ -64,7 +64,7 @@ def make_program(module: nn.Module, layers: tuple[Layer, ...], engine: str, prec
 
 
 def _plain_program(module: nn.Module, layers: tuple[Layer, ...], images: Tensor, cut: _Cut) -> Program:
-    """Return the eager float32 program: the whole network, or cut where its head then has less to do."""
+    """Return the eager float32 program: the whole network, or cut in two if its head then has less to do."""
     if len(layers) == 1 and layers[0].layout.axes == "bnk":
         with suppress(EngineError):
             if cut.parts()[1].meta["spared"]:
@@ -107,12 +107,12 @@ def _fastest(
         if candidate[0] == "eager" and best is not None and best[0].engine == "openvino":
             continue
         must_agree = precision == AUTO or candidate[1] == "float32"
-        release_freed_memory()  # what the one before left
+        release_freed_memory()  # left over from the one before
         trial, program = _try(candidate, module, layers, batches, cut, scores, reference, must_agree)
         if program is not None and best is not None and not _faster(trial, best[0]):
             trial = replace(trial, remark=f"not {MIN_SPEEDUP:g} times faster than {best[0].engine} {best[0].precision}")
         elif program is not None:
-            # Made again at the end, in a second or two: two of them would be the most memory that a run needs.
+            # Created again at the end, in a second or two: two of them at once would be the peak memory of a run.
             best = trial, None if trial.engine == "openvino" else program
         trials.append(trial)
         del program
@@ -182,11 +182,11 @@ class Fidelity:
 def fidelity(cams: Tensor, reference: Tensor) -> Fidelity:
     """Compare the maps [N, T, h, w] with those of `reference`, pair by pair.
 
-    Two constant maps are alike; a constant one and another are not. The risk that a peak moves is estimated from all
-    pairs of one map's lead of its highest cell over the second with another map's error of that lead, both in units of
-    the map's deviation: a few dozen maps then reveal risks far below one in a few dozen.
+    Two constant maps are alike; a constant map and any other are not. The risk that a peak moves is estimated from all
+    pairs of one map's lead (of its highest cell over the second) and another map's error of that lead, both in units of
+    the map's deviation: in this way, a few dozen maps reveal risks far below one in a few dozen.
     """
-    a, b = (maps.flatten(0, 1).flatten(1).cpu().double() for maps in (reference, cams))  # no float64 on Apple's GPUs
+    a, b = (maps.flatten(0, 1).flatten(1).cpu().double() for maps in (reference, cams))  # Apple's GPUs have no float64
     same_peak = (a.argmax(dim=1) == b.argmax(dim=1)).double().mean()
     spread = a.std(dim=1)
     first, second = a.topk(2, dim=1).indices.unbind(dim=1)
@@ -242,7 +242,7 @@ def _split_program(
 
 def _self_test(engine: str, found: Tensor, expected: Tensor) -> None:
     off = float((found - expected).abs().max()) / (float(expected.abs().max()) or 1.0)
-    if not off <= TOLERANCE:  # also for NaN
+    if not off <= TOLERANCE:  # holds for NaN, too
         raise EngineError(f"engine {engine} gives outputs that differ from the model's by {off:.2g} of the largest")
 
 
@@ -307,7 +307,7 @@ def _predictions(plain: Program, batches: Sequence[Tensor]) -> list[Score]:
 
 
 def _timed(program: Program, batches: Sequence[Tensor], scores: Sequence[Score]) -> tuple[Tensor, float]:
-    """Return Grad-CAM of the predicted class of all batches, and patches per second of the first, the best of a few."""
+    """Return Grad-CAM of the predicted class for all batches, and the best of a few rates (patches/s) of the first."""
     cams = torch.cat([_explain(program, batch, score) for batch, score in zip(batches, scores, strict=True)])
     times: list[float] = []
     while len(times) < MAX_TIMINGS and sum(times) < TIMED_S:
@@ -343,7 +343,7 @@ def choice_key(device: torch.device, *request: object) -> str:
     """Return the key of a choice: a digest of the machine, the versions, and the request."""
     machine = [platform.machine(), _processor(), str(device)]
     if device.type == "cuda":
-        machine += [torch.cuda.get_device_name(device), *PRECISIONS]  # those that were there to be tried
+        machine += [torch.cuda.get_device_name(device), *PRECISIONS]  # those that were available to be tried
     return hashlib.sha256(json.dumps([machine, [_version(p) for p in PACKAGES], request]).encode()).hexdigest()
 
 

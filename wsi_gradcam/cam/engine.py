@@ -59,7 +59,7 @@ def _weighed(coefficients: Tensor, features: Tensor) -> Tensor:
     return (features * coefficients).sum(dim=1)
 
 
-# Gradients of several targets in one backward pass: 37 ms against 71 one by one (16 targets), held in memory at once.
+# Gradients of several targets in one backward pass: 37 ms instead of 71 one by one (16 targets), all in memory at once.
 TARGETS_AT_ONCE = 16
 
 
@@ -76,14 +76,14 @@ class Explained:
     cams: dict[str, Tensor]
 
 
-@torch.enable_grad()  # also for a caller under no_grad
+@torch.enable_grad()  # even if the caller is under no_grad
 def explain_batch(
     program: Program, images: Tensor, targets: Sequence[AnyTarget], methods: Sequence[str] = ("gradcam",)
 ) -> Explained:
     """Return logits and CAMs of normalised float32 `images` [B, 3, H, W].
 
     The trunk runs once, whatever the number of targets and methods; logits are explained, not probabilities, whose
-    gradient vanishes where the model is sure. float32 is IEEE float32, also on a GPU, see `exact`.
+    gradient vanishes where the model is certain. float32 is IEEE float32, on a GPU too, see `exact`.
 
     Raises:
         LayerError: no such layer, or a method that cannot explain this model.
@@ -112,7 +112,7 @@ def _explain(program: Program, images: Tensor, targets: Sequence[AnyTarget], met
 def fuse(maps: Sequence[Tensor], scale: str) -> Tensor:
     """Return the mean of several layers' maps, float32 [B, h, w] each, on the finest grid.
 
-    Maps whose sum is in logits keep it: smaller cells get a share of the value.
+    Maps whose sum is in logits keep that sum: smaller cells get a share of the value.
     """
     if len(maps) == 1:
         return maps[0]
@@ -153,11 +153,11 @@ def largest_that_fits(make: Callable[[int], T], count: int, device: torch.device
         free_memory(device)
 
 
-# Powers of two: a span of 256 patches holds whole batches. For fewer than 16 eager float32 can depend on the number of
-# threads (1 x 1 convolutions), and runs would not agree.
+# Powers of two, so that a span of 256 patches consists of whole batches. With fewer than 16, eager float32 can depend
+# on the number of threads (1 x 1 convolutions), and runs would not agree.
 MIN_BATCH, MAX_BATCH = 16, 256
-MIN_GAIN = 1.05  # a batch twice as large must bring this much
-MEMORY_SHARE = 0.5  # of what is free
+MIN_GAIN = 1.05  # doubling the batch must gain at least this much
+MEMORY_SHARE = 0.5  # share of the free memory
 
 
 def find_batch_size(module: nn.Module, layers: tuple[Layer, ...], images: Tensor) -> int:
@@ -245,7 +245,7 @@ class Lane:
     def staged(self, rgb: NDArray[np.uint8], count: int) -> Tensor:
         """Return `count` patches on the host, uint8 [count, H, W, 3]: those given, and zeros; without a copy if it can.
 
-        What `empty` made, and holds a whole batch, is taken as it is.
+        An array that `empty` made and that contains a whole batch is used as it is.
         """
         whole = len(rgb) == count and rgb.flags.c_contiguous and rgb.flags.writeable
         if whole and (self._stream is None or torch.from_numpy(rgb).is_pinned()):
@@ -255,7 +255,7 @@ class Lane:
         return torch.from_numpy(filled)
 
     def send(self, staged: Tensor) -> Tensor:
-        """Return the staged data, or part of it, on the device; work that is queued now finds it there."""
+        """Return the staged data, or part of it, on the device; work that is queued from now on finds it there."""
         if self._stream is None:
             return staged.to(self._device)
         with torch.cuda.stream(self._stream):
@@ -271,7 +271,7 @@ class Lane:
             found = tuple(tensor.cpu().numpy() for tensor in tensors)
             return lambda: found
         here = [torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True) for t in tensors]
-        # A thread that waits leaves its core to those that read.
+        # A waiting thread leaves its core to those that read.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         done.record(torch.cuda.current_stream(self._device))
 
@@ -328,7 +328,7 @@ def _gradients_batched(sums: Tensor, values: Sequence[Tensor]) -> list[list[Tens
     each = torch.eye(len(sums), device=sums.device, dtype=sums.dtype)
     try:
         found = torch.autograd.grad(sums, values, each, retain_graph=True, allow_unused=True, is_grads_batched=True)
-    except RuntimeError:  # the backward pass of a network's own operator need not know several gradients at once
+    except RuntimeError:  # the backward pass of a network's custom operator may not support several gradients at once
         return []
     return [[None if g is None else g[i] for g in found] for i in range(len(sums))]
 

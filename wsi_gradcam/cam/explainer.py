@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
 
 
-CANCELLING = 1e-4  # of the terms of a sum; rounding leaves 1e-6
+CANCELLING = 1e-4  # share of the terms of a sum; rounding leaves 1e-6
 MAX_CHOICE_PATCHES = 64  # patches whose maps are compared
-FEW = 2  # patches that are timed where a batch would take long
+FEW = 2  # patches that are timed if a batch would take long
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def _examine(model: Model, request: Request, patches: Tensor | None) -> Examined
 def _chosen(
     key: str, module: nn.Module, layers: tuple[Layer, ...], request: Request, images: Tensor, batch_size: int
 ) -> tuple[Choice, Program]:
-    """Return the choice that this machine made before, or make it now."""
+    """Return the choice that this machine made earlier, or make it now."""
     before = read_choice(key)
     program = None if before is None else reuse_choice(before, module, layers, images, batch_size)
     if before is not None and program is not None:
@@ -235,7 +235,7 @@ def _check_finite(model: Model, images: Tensor) -> None:
 
 
 def check_methods(name: str, program: Program, methods: Sequence[str], images: Tensor) -> None:
-    """Check now, and not after hours, that every method works with the model called `name`.
+    """Check now, rather than after hours, that every method works with the model called `name`.
 
     Those that run the model hundreds of times work with any model at one layer; guided backprop does not.
 
@@ -271,7 +271,7 @@ def _check_not_cancelling(name: str, program: Program, images: Tensor) -> None:
     """Check that HiResCAM's sum over channels, g A, does not cancel.
 
     It is 0 in every cell if a normalisation of each cell on its own follows: a factor common to all channels then
-    changes nothing. In a transformer this is so before the last attention.
+    changes nothing. In a transformer, this is the case before the last attention.
     """
     done = program.forward(images)
     (found,) = gradients(done.logits, [lambda logits: logits.amax(dim=1)], done.values)
@@ -293,14 +293,14 @@ def _repeated(images: Tensor, count: int) -> Tensor:
 LOG = logging.getLogger("wsi_gradcam")
 Targets = Sequence[Target] | FeatureTargets
 Found = tuple["NDArray[np.float32]", "NDArray[np.float32]"]
-IN_FLIGHT = 2  # batches of a span that a GPU has been given beside the one whose results are stored
+IN_FLIGHT = 2  # batches of a span that a GPU has been given besides the one whose results are being stored
 
 
 class Explainer:
     """A loaded model with the program that explains it.
 
     Attributes:
-        at_once: the most patches in a forward pass: `facts.batch_size`, or less since memory did not hold as many.
+        at_once: the most patches in a forward pass: `facts.batch_size`, or fewer once memory did not hold that many.
     """
 
     def __init__(self, model: Model, facts: ModelFacts, program: Program, at_once: int | None = None) -> None:
@@ -453,7 +453,7 @@ class Explainer:
             part = rgb[done : done + self.at_once]
             explained = self._begun(part, targets, methods, done)
             if explained is None:
-                self.at_once = min(self.at_once, -(-len(part) // 2))  # another thread may have found out as well
+                self.at_once = min(self.at_once, -(-len(part) // 2))  # another thread may have found this out as well
                 free_memory(self._device)
             else:
                 begun.append(explained)
@@ -467,7 +467,7 @@ class Explainer:
     ) -> Callable[[], tuple[NDArray[Any], ...]] | None:
         """Queue all work for the patches from `first` on; return None if memory is too small.
 
-        Nothing of the attempt is held any more by then, as it would be while the error is handled.
+        By then, nothing from the attempt is held any longer, as it would be while the error is being handled.
         """
         send = self._lane.send
         try:

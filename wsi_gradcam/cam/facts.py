@@ -21,10 +21,10 @@ class MethodInfo:
         asks: `gradient`: a function of activation and gradient alone; `model`: runs the model again, many times,
             see `wsi_gradcam.cam.methods`.
         grid: `layer`: a map of the layer's cells; `pixels`: a map of the input's pixels.
-        scale: factor from the raw map to the heatmap. `cells`: times the number of the map's values, where the raw map
-            sums to (a part of) the logit, so that the heatmap's mean is in logits; `one`: shown as it is.
-        unit: `logit`, where the heatmap's mean is (a part of) the logit; `drop`, the logits that are lost if the place
-            is covered; or `arbitrary`, if values of two images cannot be compared in logits.
+        scale: factor from the raw map to the heatmap. `cells`: the number of the map's values, if the raw map sums to
+            (a part of) the logit, so that the heatmap's mean is in logits; `one`: shown as it is. unit: `logit`, if the
+            heatmap's mean is (a part of) the logit; `drop`, the logits that are lost if the place is covered; or
+            `arbitrary`, if the values of two images cannot be compared in logits.
         title: its name in the literature.
     """
 
@@ -64,8 +64,8 @@ class Layout:
     """Axes of a layer's output for a batch of B images.
 
     Attributes:
-        axes: `bkhw`; `bhwk` (Swin); or `bnk`, one token per cell in rows, after `prefix` tokens that have no place in
-            the image (ViT).
+        axes: `bkhw`; `bhwk` (Swin); or `bnk`, one token per cell in rows, after `prefix` tokens without a position in
+        the image (ViT).
         channels, height, width: of the map.
     """
 
@@ -122,7 +122,7 @@ def find_layout(output: Tensor, images: Tensor) -> Layout | None:
             tokens = output.shape[1] - prefix
             height = max(1, round(math.sqrt(tokens * proportion)))
             width = tokens // height
-            # Exact, other than with rounded strides of convolutions: many numbers are products.
+            # Exact, unlike with rounded strides of convolutions: many numbers are products.
             if height * width == tokens > 1 and abs(height - width * proportion) < 0.5:
                 return Layout("bnk", output.shape[2], height, width, prefix)
     return None
@@ -160,7 +160,7 @@ class ModelFacts:
         layers: the layers that are explained; `traced`: whether their names are those of operators of the model's
             graph.
         cam_shape: (h, w) of the maps; with several layers, of the finest.
-        parameters: how many numbers the model has.
+        parameters: the number of the model's parameters.
         activation_bytes: the largest input plus output of any layer for one patch.
         batch_size: patches per forward pass.
         choice: engine and precision.

@@ -2,10 +2,10 @@
 
 It is the last activation that is still spatial and that the whole output passes through. The trunk runs without a
 graph; the layer's output becomes a leaf; the head runs with a graph. The gradient of any scalar of the output with
-respect to the leaf is the head's alone, also where skips bypass the layer. Of several layers, the one that runs first
-is the leaf, and everything after it is part of the graph.
+respect to the leaf is the head's alone, even if skips bypass the layer. Of several layers, the one that runs first is
+the leaf, and everything after it is part of the graph.
 
-ReLUs can get another backward pass: for guided backprop, which must fail the audit, and to see past inactive units.
+ReLUs can get a different backward pass: for guided backprop, which must fail the audit, and to see past inactive units.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 
-TOLERANCE = 1e-5  # of the largest logit; float32 sums in another order stay well below
+TOLERANCE = 1e-5  # share of the largest logit; float32 sums in another order stay well below it
 MAX_CANDIDATES = 40
-# A patch embedding is a map too: explaining it would say nothing of what a transformer whose tokens are not found
-# does with it. It ends at 0.00 to 0.07 of the modules that run (0.33 behind a convolutional stem), a LeNet's last
-# map at 0.42.
+# A patch embedding is a map too: explaining it would say nothing about what a transformer whose tokens are not found
+# does with it. It ends at 0.00 to 0.07 of the modules that run (0.33 after a convolutional stem), a LeNet's last map at
+# 0.42.
 MIN_DEPTH = 0.4
 
-# Pooling and reshaping give no activations of their own: the one before is finer or the same.
+# Pooling and reshaping produce no activations of their own: the one before is finer or the same.
 PASSIVE = (
     nn.Identity,
     nn.Flatten,
@@ -102,7 +102,7 @@ def candidate_layers(module: nn.Module, images: Tensor) -> tuple[list[Candidate]
     found: dict[str, Candidate] = {}
     pooled: set[int] = set()  # storages that a passive module returned; containers return the same one
     grids: set[int] = set()  # storages of maps with two axes: tokens that only view one add nothing
-    flat: set[tuple[int, int]] = set()  # shapes of such maps with cells in one axis, which are no tokens
+    flat: set[tuple[int, int]] = set()  # shapes of such maps with cells in one axis, which are not tokens
     leaves_done = 0
     kept: list[Tensor] = []  # storages stay alive, so that addresses are not used twice
 
@@ -192,9 +192,9 @@ def _depends(output: Tensor, activation: Tensor, layout: Layout, layer: str) -> 
         return False
     try:
         (gradient,) = torch.autograd.grad(output.sum(), activation, allow_unused=True)
-    except RuntimeError as error:  # the model overwrites in place what a backward pass needs
+    except RuntimeError as error:  # the model overwrites in place something that a backward pass needs
         raise LayerError(f"the model cannot be differentiated after layer {layer!r}: {one_line(error)}") from error
-    # Behind a transformer's last attention only the class token is read: the map's gradient is zero throughout.
+    # After a transformer's last attention, only the class token is read: the map's gradient is zero throughout.
     return gradient is not None and (layout.axes != "bnk" or bool(layout.to_map(gradient).any()))
 
 
@@ -250,8 +250,8 @@ class Tap:
             value = value.clone()
         self.values[layer] = value if value.requires_grad else value.detach().requires_grad_(True)
         torch.set_grad_enabled(True)
-        # A copy: a later in-place operation (inplace ReLU) would change the leaf, which autograd forbids and
-        # which would make the activation's value depend on what follows.
+        # A copy: a later in-place operation (an in-place ReLU) would change the leaf, which autograd forbids, and which
+        # would make the activation's value depend on what follows.
         return self.values[layer].clone()
 
 

@@ -1,7 +1,7 @@
 """CAM methods: each is a small pure function of activation and gradient.
 
 `A` and `g` = ds/dA are [B, K, h, w] float32; the result is the raw signed map [B, h, w], without ReLU and without
-normalisation, which are views. An image's map depends on no other image of the batch.
+normalisation, which are views. An image's map does not depend on any other image of the batch.
 
 Methods that run the model again, on changed inputs or maps of the layer, or to differentiate with respect to the input,
 get a `Probe` instead. Perturbing methods give maps of the layer's cells; differentiating ones give maps [B, H, W] of
@@ -23,9 +23,9 @@ from wsi_gradcam.errors import LayerError
 
 Method = Callable[[Tensor, Tensor], Tensor]
 
-# Of an image's largest gradient. Pooling hands the same number to every cell, so only rounding may differ.
+# Share of an image's largest gradient. Pooling gives the same number to every cell, so only rounding may differ.
 CONSTANT_GRADIENT = 1e-4
-# Of the terms that cancel: below it a float32 sum of a layer's cells is rounding, and its sign unknown.
+# Share of the terms that cancel: below it, a float32 sum of a layer's cells is rounding, and its sign is unknown.
 CANCELLED = 1e-6
 
 
@@ -63,8 +63,8 @@ def gradcam_plus_plus(A: Tensor, g: Tensor) -> Tensor:
     """Grad-CAM++, sum_k w_k A_k with w_k = sum_hw alpha relu(g) (Chattopadhyay 2018, arXiv 1710.11063, eq. 19).
 
     alpha = g² / (2 g² + S g³) with S = sum_hw A, and 0 where g = 0. It is computed as 1 / (2 + S g), which does not
-    underflow where g² does. Behind a ReLU the divisor is at least 2. Where A is signed it can be negative, and alpha
-    then is as the formula says; where it cancels to 0 (within rounding), alpha is 0.
+    underflow where g² does. After a ReLU, the divisor is at least 2. If A is signed, it can be negative, and alpha is
+    then as the formula says; where it cancels to 0 (within rounding), alpha is 0.
     """
     product = A.sum(dim=(2, 3), keepdim=True) * g
     divisor = 2 + product
@@ -98,13 +98,14 @@ def xgradcam(A: Tensor, g: Tensor) -> Tensor:
 def eigencam(A: Tensor, g: Tensor) -> Tensor:
     """Eigen-CAM, X v with X = A as [h w, K] and v its first right singular vector (Muhammad 2020, arXiv 2008.00299).
 
-    As in the paper X is not centred. The gradient is not used: all targets have the same map. A singular vector's
-    sign is arbitrary: here sum_k v_k >= 0, so that the map agrees with the sum of the channels, and behind a ReLU
-    no cell is negative.
+    As in the paper, X is not centred. The gradient is not used: all targets have the same map. A singular vector's sign
+    is arbitrary: here sum_k v_k >= 0, so that the map agrees with the sum of the channels, and no cell is negative
+    after a ReLU.
 
-    v comes from the smaller of the two Gram matrices, X Xᵀ = U S² Uᵀ, where X v = u s, or XᵀX, which is faster than
-    an SVD of X (7 x 7 x 2048: 3 ms an image against 6, or 60 for a full one). In float64, as a Gram matrix squares
-    the condition number; for Apple's GPUs, which have none, on the CPU. An image that is not finite has a map of NaN.
+    v comes from the smaller of the two Gram matrices, X Xᵀ = U S² Uᵀ, where X v = u s, or XᵀX, which is faster than an
+    SVD of X (7 x 7 x 2048: 3 ms per image instead of 6, or 60 for a full one). This is done in float64, because a Gram
+    matrix squares the condition number; for Apple's GPUs, which lack float64, on the CPU. An image that is not finite
+    has a map of NaN.
     """
     X = (A.cpu() if A.device.type == "mps" else A).flatten(2).mT.double()
     finite = X.isfinite().all(dim=2, keepdim=True).all(dim=1, keepdim=True)
@@ -151,8 +152,8 @@ class Probe:
         resume: maps [B, K, h, w] in place of the layer's -> logits [B, K], without a graph; runs only the head if the
             model could be split.
         differentiable: images that may require grad -> logits [B, K] with a graph, in float32.
-        guided: as `differentiable`, but ReLU's backward also clips negative gradient; raises LayerError where the
-            model has no ReLU.
+        guided: as `differentiable`, but ReLU's backward also clips negative gradients; raises a LayerError if the model
+            has no ReLU.
     """
 
     images: Tensor
@@ -163,7 +164,7 @@ class Probe:
     guided: Callable[[Tensor], Tensor]
 
 
-# Windows of one cell leave an object's neighbours to answer for it; of two, each pixel is hidden by four windows.
+# With windows of one cell, an object's neighbours still give it away; with two, each pixel is hidden by four windows.
 WINDOW_CELLS = 2.0
 
 
@@ -228,7 +229,7 @@ def _mask(maps: Tensor, images: Tensor) -> Tensor:
 
 
 def _without(A: Tensor, channel: int) -> Tensor:
-    # A copy for each: the head may change what it is given in place.
+    # A copy for each: the head may change its input in place.
     changed = A.clone()
     changed[:, channel] = 0
     return changed
@@ -245,7 +246,7 @@ def _windows(size: int, window: float, stride: float) -> list[slice]:
 
 
 def _rounded(value: float) -> int:
-    return math.floor(value + 0.5)  # halves always up, so that windows side by side neither overlap nor leave a gap
+    return math.floor(value + 0.5)  # halves always round up, so that adjacent windows neither overlap nor leave a gap
 
 
 def _covered(images: Tensor, rows: slice, columns: slice) -> Tensor:
@@ -287,7 +288,7 @@ def integrated_gradients(probe: Probe, score: Score, steps: int = STEPS) -> Tens
     """Integrated Gradients [B, H, W], signed, x times the mean of ds/dx on the way from 0 to x, summed over colours.
 
     0 of a normalised image is the data set's mean colour. The sum over pixels is s(x) - s(0), as far as `steps`
-    Gauss-Legendre points tell the integral (Sundararajan 2017, arXiv 1703.01365).
+    Gauss-Legendre points approximate the integral (Sundararajan 2017, arXiv 1703.01365).
     """
     images = probe.images
     total = torch.zeros_like(images)
@@ -299,9 +300,9 @@ def integrated_gradients(probe: Probe, score: Score, steps: int = STEPS) -> Tens
 def guided_backprop(probe: Probe, score: Score) -> Tensor:
     """Guided backpropagation [B, H, W], not negative: `gradient`, where ReLU's backward also clips what is negative.
 
-    (Springenberg 2014, arXiv 1412.6806.) It shows edges, whatever the model has learned: it is the negative control
-    of sanity checks. The paper shows signed colours; here it is reduced as `gradient` is, so that the two differ in
-    ReLU's rule and nothing else.
+    (Springenberg 2014, arXiv 1412.6806.) It shows edges, whatever the model has learned: it is the negative control of
+    sanity checks. The paper shows signed colours; here it is reduced like `gradient`, so that the two differ only in
+    ReLU's rule.
 
     Raises:
         LayerError: the model has no ReLU.

@@ -46,7 +46,7 @@ class Program(Protocol):
 
     Attributes:
         layers: the layers that are explained.
-        tf32: whether its head and the gradient may be computed in TF32, where the trunk is less exact than float32.
+        tf32: whether its head and the gradient may be computed in TF32, because the trunk is less exact than float32.
     """
 
     layers: tuple[Layer, ...]
@@ -117,7 +117,7 @@ class EagerProgram:
 class SplitProgram(EagerProgram):
     """The network cut in two: the trunk on any engine, the head in float32 with exact gradients, or in TF32.
 
-    If the cut network accepts batches of one size only, others are explained by the network as it is.
+    If the cut network accepts only one batch size, others are explained by the network as it is.
     """
 
     def __init__(self, module: nn.Module, layer: Layer, trunk: Trunk, head: fx.GraphModule, tf32: bool = False) -> None:
@@ -133,7 +133,7 @@ class SplitProgram(EagerProgram):
             return super().forward(images)
         with torch.no_grad():
             value, *others = self._trunk(images)
-        value = value.detach().requires_grad_(True)  # its own tensor: where a skip passes the same one, that is no leaf
+        value = value.detach().requires_grad_(True)  # its own tensor: if a skip passes the same one, that is not a leaf
         with torch.enable_grad():
             logits = self._head(value, *others)
 
@@ -191,7 +191,7 @@ def trace_operators(module: nn.Module, images: Tensor) -> fx.GraphModule:
     """
     graph = trace(module, images)
     if fixed_batch(graph) is not None:
-        with suppress(Exception):  # freeing is a guess, which may fail in any way
+        with suppress(Exception):  # freeing the batch size is a guess, which may fail in any way
             graph = any_batch(module, images[:2])
     for name, parameter in list(graph.named_parameters(recurse=False)):  # they are the network's own
         delattr(graph, name)

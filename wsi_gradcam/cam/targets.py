@@ -145,9 +145,9 @@ def make_score(target: Target | Callable[[Tensor], Tensor], logits: Tensor) -> S
     if target.function is not None:
         return _checked(load_function(target.function, target.digest), target.function)
     classes = classes_of(target, logits)
-    import torch  # it is loaded where there are logits; clients do without
+    import torch  # imported where there are logits; clients do without it
 
-    rows = torch.arange(len(logits), device=logits.device)  # made there: a copy would wait for the forward pass
+    rows = torch.arange(len(logits), device=logits.device)  # created there: a copy would wait for the forward pass
     if target.minus is not None:
         return lambda logits: logits[rows, classes] - logits[:, target.minus]
     return lambda logits: logits[rows, classes]

@@ -1,7 +1,7 @@
 """Engines that run a model's trunk: eager PyTorch, torch.compile, CUDA graphs, OpenVINO.
 
-A trunk is a graph, images float32 [B, 3, H, W] -> a tuple of tensors, of which the layer's output is the first. It
-returns only values, so any inference engine may run it, in any precision.
+A trunk is a graph, images float32 [B, 3, H, W] -> a tuple of tensors, the first of which is the layer's output. It
+returns only values, so any inference engine can run it, in any precision.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
     from torch import fx
 
 Trunk = Callable[[Tensor], tuple[Tensor, ...]]
-# Images that OpenVINO is handed at once, each slice for some of the threads. All of 32 for all threads are no faster
-# (ResNet, VGG) or slower by up to a fifth (DenseNet-121, EfficientNet-B0), because their maps leave the caches, and
-# take a hundred megabytes more.
+# Images that OpenVINO is given at once, each slice for some of the threads. All 32 for all threads are no faster
+# (ResNet, VGG) or slower by up to a fifth (DenseNet-121, EfficientNet-B0), because their maps exceed the caches, and
+# they take a hundred megabytes more.
 SLICE = {"float32": 4, "bfloat16": 16, "float16": 16}
 DTYPES = {"float32": torch.float32, "tf32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-TF32_CAPABILITY = (8, 0)  # of NVIDIA's GPUs, from Ampere on
+TF32_CAPABILITY = (8, 0)  # NVIDIA GPUs from Ampere on
 WARM_UP = 3  # passes before one is recorded, as PyTorch advises
 
-_FLAGS = threading.RLock()  # torch's flags are the process's
-_SET: list[tuple[bool, bool]] = []  # what the contexts that are open have set, the innermost last: (on CUDA, TF32)
+_FLAGS = threading.RLock()  # torch's flags belong to the process
+_SET: list[tuple[bool, bool]] = []  # what the open contexts have set, the innermost last: (on CUDA, TF32)
 
 
 @contextmanager
@@ -77,7 +77,7 @@ def _choose_repeatable(restored: ExitStack) -> None:
     for owner, name, value in (
         (cudnn, "benchmark", False),
         (cudnn, "deterministic", True),
-        (fill, "fill_uninitialized_memory", False),  # takes time, and nothing here reads such memory
+        (fill, "fill_uninitialized_memory", False),  # takes time, and nothing here reads uninitialised memory
     ):
         restored.callback(setattr, owner, name, getattr(owner, name))
         setattr(owner, name, value)
@@ -96,7 +96,8 @@ def _float32_flags() -> tuple[str | None, bool | None, list[str]]:
 def _set_float32(matmul: str | None, cudnn: bool | None, precisions: Sequence[str]) -> None:
     """Set the flags that `_float32_flags` returns.
 
-    The older ones first, which reach the newer ones: set only to what they do not say already, these do not contradict.
+    The older ones come first, because they affect the newer ones, which are then set only if they differ, so that the
+    two do not contradict each other.
     """
     if matmul is not None:
         torch.set_float32_matmul_precision(matmul)
@@ -152,7 +153,7 @@ def low_precisions(engine: str, device: torch.device) -> tuple[str, ...]:
     known: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.9 on
     if engine == "openvino":
         capable = _core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        # Without AMX its float16 is slower than float32 (54 against 84 patches/s, ResNet-18).
+        # Without AMX, its float16 is slower than float32 (54 instead of 84 patches/s, ResNet-18).
         wanted = (("bfloat16", "BF16", True), ("float16", "FP16", bool(known.get("amx_fp16"))))
         return tuple(name for name, short, fast in wanted if fast and short in capable)
     # PyTorch emulates bfloat16 where a CPU lacks it, slower than float32; its float16 convolutions are slow on all.
@@ -188,9 +189,9 @@ CONVOLUTIONS = (torch.ops.aten.conv1d.default, torch.ops.aten.conv2d.default, to
 def folded(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a copy of a graph in which batch normalisations are folded into the convolutions before them.
 
-    Weights are scaled in float32: each map is then rounded once and not twice where they are cast to fewer bits, and
-    a pass over memory is saved. Float32 sums change in the last bits. Left are normalisations by another's statistics,
-    and behind maps that something else reads too.
+    Weights are scaled in float32: when they are cast to fewer bits, each map is then rounded once rather than twice,
+    and a pass over memory is saved. Float32 sums change in the last bits. Normalisations that use another's statistics
+    are left alone, and so are those after maps that something else reads too.
     """
     graph = copy.deepcopy(graph)
     for norm in [n for n in graph.graph.nodes if n.target is torch.ops.aten.batch_norm.default]:
@@ -220,7 +221,7 @@ def folded(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 def _is_plain(node: Any) -> bool:
-    """Return whether a node is a convolution with constant weights that one normalisation alone reads."""
+    """Return whether a node is a convolution with constant weights whose output only one normalisation reads."""
     return (
         _is_node(node)
         and node.target in CONVOLUTIONS
@@ -257,14 +258,14 @@ def _compiled(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
 
     def quiet(batch: Tensor) -> tuple[Tensor, ...]:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # inductor's remarks on the machine
+            warnings.simplefilter("ignore")  # inductor's remarks about the machine
             return run(batch)
 
     return quiet
 
 
 def _recorded(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
-    """Return the trunk as a CUDA graph, whose hundreds of kernels are launched at once and not one by one by Python."""
+    """Return the trunk as a CUDA graph, whose hundreds of kernels are launched at once, not one by one by Python."""
     if images.device.type != "cuda":
         raise EngineError(
             f"engine cudagraphs works only on NVIDIA GPUs, but the model runs on {images.device}; use eager"
@@ -291,11 +292,11 @@ class Recording:
         side = torch.cuda.Stream(batch.device)  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream(batch.device))
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):  # libraries choose kernels and make workspaces, which cannot be recorded
+            for _ in range(WARM_UP):  # libraries choose kernels and allocate workspaces, which cannot be recorded
                 run(self._given)
         torch.cuda.current_stream(batch.device).wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads copy patches meanwhile, which is no part of it.
+        # Other threads copy patches meanwhile, which is not part of it.
         with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
             self._found = run(self._given)
 
@@ -311,7 +312,7 @@ def _has_compiler() -> bool:
 
     try:
         return bool(get_cpp_compiler())
-    except Exception:  # it raises where there is none
+    except Exception:  # it raises an error if there is none
         return False
 
 
@@ -328,10 +329,10 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
     def made(batch: Tensor) -> list[Any]:
         """Compile for batches of one size, up to a tenth faster than for any size (ResNet-18)."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the tracer's remarks on constants
+            warnings.simplefilter("ignore")  # the tracer's remarks about constants
             example = batch if sized else batch[:1].expand(2, *batch.shape[1:])
-            # Traced here, because the converter's own tracing runs the network again and again to check itself,
-            # most of its time; what comes out is compared with the network's own maps or at least tried anyway.
+            # Traced here, because the converter's own tracing spends most of its time running the network again and
+            # again to check itself; its result is compared with the network's own maps, or at least tried, anyway.
             with torch.no_grad():
                 traced = torch.jit.trace(graph, (example,), check_trace=False)  # type: ignore[no-untyped-call]
             model = _ov().convert_model(traced, example_input=(example,), input=[list(batch.shape)])
@@ -339,7 +340,7 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
         compiled = core.compile_model(
             model, "CPU", {"INFERENCE_PRECISION_HINT": hint, "NUM_STREAMS": streams, "INFERENCE_NUM_THREADS": threads}
         )
-        # Requests that are waited for, not OpenVINO's queue: its calls back into Python have deadlocked when it ended.
+        # Requests that are waited for, not OpenVINO's queue, whose calls back into Python have deadlocked at its end.
         return [compiled.create_infer_request() for _ in range(streams)]
 
     def run(batch: Tensor) -> tuple[Tensor, ...]:
@@ -357,7 +358,7 @@ def _openvino(graph: fx.GraphModule, precision: str, images: Tensor) -> Trunk:
                 at_work.append(request)
             while at_work:
                 found.append(_outputs(at_work.popleft()))
-        finally:  # after an error the others must end before they are used again
+        finally:  # after an error, the others must end before they are used again
             for request in at_work:
                 with suppress(Exception):
                     request.wait()
@@ -400,7 +401,7 @@ def _core() -> Any:
 
 @contextmanager
 def _without_telemetry() -> Iterator[None]:
-    """Keep the import of OpenVINO from sending telemetry to its vendor, which hospitals would mind."""
+    """Keep the import of OpenVINO from sending telemetry to its vendor, which hospitals would object to."""
     hidden = "openvino_telemetry" not in sys.modules
     if hidden:
         sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # makes its import fail

@@ -1,6 +1,6 @@
 """Executors run the workloads of a run: `serial` is the reference, and `dask` does the same in many processes.
 
-They know the room `run` and what is below it; `audit` and `api` give them workloads.
+They know the room `run` and those below it; `audit` and `api` give them workloads.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def open_executor(
     Raises:
         ConfigError: two places are given, or a loaded model would have to run in another process.
         MissingExtraError: Dask is not installed.
-        WorkerError: no scheduler answers, or no worker comes.
+        WorkerError: no scheduler answers, or no worker appears.
     """
     check_workers(workers, scheduler)
     if loaded is not None and (workers, scheduler) != (None, None):

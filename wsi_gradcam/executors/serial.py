@@ -1,4 +1,4 @@
-"""One process, one task after the other: the reference that every other executor must agree with."""
+"""One process, one task after another: the reference with which every other executor must agree."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ class SerialExecutor:
         slides: Sequence[SlideEntry],
         choice: Choice | None = None,
     ) -> ModelFacts:
-        """Return what `examine_for_run` learns of the model, which stays loaded for the run."""
+        """Return what `examine_for_run` finds out about the model, which stays loaded for the run."""
         self._explainer = examine_for_run(self._model or spec, settings, slides, choice)
         return self._explainer.facts
 
     def rate(self, run: RunPlan) -> float:
-        """Return the patches per second that the model explains in this process; `examine` comes first."""
+        """Return the patches per second that the model explains in this process; call `examine` first."""
         assert self._explainer is not None
         return self._explainer.rate(run.targets, run.settings.methods)
 
@@ -111,7 +111,7 @@ class _LookAhead:
             self._plan = self._pool.submit(self._prepare, slide)
 
     def planned(self, task: Task) -> Performed:
-        """Return the result of planning a slide, which was begun ahead of its turn or is done now."""
+        """Return the result of planning a slide, which began ahead of its turn or is done now."""
         plan, self._plan = self._plan, None
         return perform(self._context, task) if plan is None else plan.result()
 

@@ -1,8 +1,8 @@
-"""Many processes through Dask: on this machine, or on a cluster with a scheduler's address.
+"""Many processes through Dask: on this machine, or on a cluster given by its scheduler's address.
 
-Futures, not collections: a task is a slide and a few numbers, a window of them is in flight, workers keep the model
-between tasks and write their own results. Several slides are in flight, so that no worker waits at a slide's end.
-Only the modules of this package import distributed.
+This uses futures, not collections: a task is a slide and a few numbers, a limited number of tasks is in flight, and
+workers keep the model between tasks and write their own results. Several slides are in flight, so that no worker waits
+at the end of a slide. Only the modules of this package import distributed.
 """
 
 from __future__ import annotations
@@ -52,18 +52,18 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("wsi_gradcam")
 END_S = 0.5  # for an error to reach the client
-WORKERS_POLLED_S = 2.0  # how often the scheduler is asked for its workers while some are missing
+WORKERS_POLLED_S = 2.0  # how often the scheduler is asked for its workers while any are missing
 
 
 class DaskExecutor:
     """Runs workloads on Dask workers.
 
     Args:
-        workers: how many to start on this machine; on the GPUs where `device` is "cuda".
+        workers: how many to start on this machine; on its GPUs if `device` is "cuda".
         scheduler: address of a scheduler that has workers already, or will have.
         torch_threads: threads of the model in each worker.
         device: where the model runs; other than "cpu", on workers that declare the resource GPU.
-        wait_s: how long to wait for workers that are missing, at the start and later; None: not for long.
+        wait_s: how long to wait for missing workers, at the start and later; None: not for long.
 
     Raises:
         WorkerError: no scheduler answers, or no worker comes.
@@ -96,7 +96,7 @@ class DaskExecutor:
         """Address of Dask's own pages; "" if its scheduler has none, as on this machine."""
         try:
             has_pages = self._client.run_on_scheduler(_has_pages)
-        except Exception as error:  # whatever an import there ends with: a run does not need to know
+        except Exception as error:  # whatever an import there raises: a run does not need to know
             LOG.debug("cannot tell whether the scheduler has a dashboard (%s)", one_line(error))
             return ""
         return str(self._client.dashboard_link) if has_pages else ""
@@ -116,7 +116,7 @@ class DaskExecutor:
         slides: Sequence[SlideEntry],
         choice: Choice | None = None,
     ) -> ModelFacts:
-        """Return what `examine_for_run` learns of the model, on a worker: this process never loads torch.
+        """Return what `examine_for_run` finds out about the model, on a worker: this process never loads torch.
 
         Raises:
             WorkerError: the workers die doing this, or are gone.
@@ -131,7 +131,7 @@ class DaskExecutor:
             raise WorkerError("the workers are gone; start new ones and run the same command again") from error
 
     def _examined(self, *model: Any) -> ModelFacts:
-        """Have the model examined: where a worker's GPU fails, by another worker, or the same one started again."""
+        """Have the model examined; if a worker's GPU fails, by another worker, or by the same one once restarted."""
         pauses_s = iter(PAUSES_S)
         while True:
             needs = self.workers().needs.model
@@ -159,7 +159,7 @@ class DaskExecutor:
         hints = True
         try:
             self._client.register_plugin(scheduler_plugin)
-        except Exception as error:  # whatever an import there ends with
+        except Exception as error:  # whatever an import there raises
             LOG.warning("the scheduler cannot monitor the run (%s)", one_line(error))
             hints = False
         self._client.register_plugin(RunWorkerPlugin(name, workload, self._torch_threads))
@@ -171,7 +171,7 @@ class DaskExecutor:
                 yield from scheduler.run(slides)
         finally:
             if self._client.status == "running":
-                with suppress(Exception):  # after Ctrl-C the cluster may be half gone: what matters is on disk
+                with suppress(Exception):  # after Ctrl-C, the cluster may be half gone: what matters is on disk
                     self._client.unregister_worker_plugin(name)
                 with suppress(Exception):
                     self._client.unregister_scheduler_plugin(scheduler_plugin.name)

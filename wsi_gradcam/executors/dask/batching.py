@@ -1,8 +1,8 @@
-"""Limits of how many batches are in flight, of which size, and the choice of the worker that gets the next one.
+"""Limits on the number and size of batches in flight, and the choice of the worker that gets the next one.
 
-There are a few batches in flight for each that can run at once, and towards the end of a run fewer and smaller ones, so
-that all workers end together. The first half is a slide at work: its tasks, cut into batches, and the trials of tasks
-that workers died of.
+There are a few batches in flight for each that can run at once and, towards the end of a run, fewer and smaller ones,
+so that all workers finish together. The first half of the module is about a running slide: its tasks, divided into
+batches, and the trials of tasks on which workers died.
 """
 
 from __future__ import annotations
@@ -20,24 +20,26 @@ from wsi_gradcam.run.types import Phases, SlideJob, SlideRecord, Stage, Task, Ta
 from wsi_gradcam.run.workload import COARSEN, FINISH, PLAN, STITCH
 
 LOG = logging.getLogger("wsi_gradcam")
-# A batch costs the scheduler, the client and the way together some 2 ms, and a GPU its first patches' reading, some
-# 30 ms: a hundredth of this. Small tasks, such as spans on a GPU (0.2 s) or blocks of coarse levels, travel together.
+# A batch costs the scheduler, the client and the network about 2 ms in all, and a GPU the reading of its first patches,
+# about 30 ms: a hundredth of this. Small tasks, such as spans on a GPU (0.2 s) or blocks of coarse levels, travel
+# together.
 BATCH_S = 3.0
-MAX_TASKS = 64  # tasks in a batch: some 3 kB
-WEIGHT = 0.2  # of the newest
-LEAST_S = 0.2  # less is not worth the way, even where workers wait
-# Until one is done; what a span takes, which is a hundred times more on some devices than on others, is not guessed.
+MAX_TASKS = 64  # tasks in a batch: about 3 kB
+WEIGHT = 0.2  # weight of the newest
+LEAST_S = 0.2  # less is not worth sending, even if workers are waiting
+# Until one is done; the time for a span, which takes a hundred times longer on some devices than on others, is not
+# guessed.
 GUESSED_S = {STITCH.name: 0.2, COARSEN.name: 0.1, FINISH.name: 0.5}
 
 
 class Rates:
-    """The seconds that a task of a stage takes, learned from those that are done."""
+    """The seconds that a task of a stage takes, learned from finished tasks."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
 
     def learn(self, stage: Stage, seconds: float) -> None:
-        """Learn from a task that is done."""
+        """Learn from a finished task."""
         known = self._seconds.get(stage.name, seconds)
         self._seconds[stage.name] = known + WEIGHT * (seconds - known)
 
@@ -46,11 +48,11 @@ class Rates:
         return self._seconds.get(stage.name, GUESSED_S.get(stage.name, BATCH_S))
 
     def of(self, tasks: Iterable[Task]) -> float:
-        """Return the seconds that tasks are expected to take, one after the other."""
+        """Return the seconds that tasks are expected to take, one after another."""
         return sum(self.seconds(task.stage) for task in tasks)
 
 
-MODEL, PLANNING, OTHER, ALONE = "model", "plan", "other", "alone"  # kinds of batches that are counted apart
+MODEL, PLANNING, OTHER, ALONE = "model", "plan", "other", "alone"  # kinds of batches that are counted separately
 
 
 @dataclass
@@ -58,8 +60,8 @@ class RunningSlide:
     """A slide's job and its progress.
 
     Attributes:
-        number: of the slide in its run.
-        phases: tasks that wait, with their positions among `results`, by phase.
+        number: the slide's number in its run.
+        phases: waiting tasks, with their positions among `results`, by phase.
         out: the number of tasks in flight.
         open: whether tasks of the first phase may be sent now.
         batches: the number of batches made so far.
@@ -82,7 +84,7 @@ class RunningSlide:
         return self._set(lambda: next(self.job))
 
     def advance(self) -> SlideRecord | None:
-        """Send the job the results of its tasks, once none is left; return the record if that was its end."""
+        """Send the job the results of its tasks once none is left; return the record if that was its end."""
         if self.error is not None:
             error, self.error = self.error, None
             return self._set(lambda: self.job.throw(error))
@@ -113,7 +115,8 @@ class RunningSlide:
     def next_batch(self, rates: Rates, budget_s: float) -> SentBatch:
         """Return a batch of the next tasks, one or more, that take about `budget_s`.
 
-        Where they complete their phase, tasks of the next one may follow, if they are for the same kind of worker.
+        If they complete their phase, tasks of the next one may follow, provided that they are for the same kind of
+        worker.
         """
         taken: list[tuple[int, Task]] = []
         first, is_complete, left_s = self.phases[0], not self.out, budget_s
@@ -156,13 +159,10 @@ class SentBatch:
     """Tasks of a slide in flight, or waiting to be sent again.
 
     Attributes:
-        positions: of the tasks' results among the slide's.
-        number: of the batch among the slide's.
-        attempt: how often they failed for a transient reason.
-        alone: they were there when workers died, and run alone in their process now.
-        trials: how often they were sent to run alone.
-        begun: how often a worker has begun them alone, and died.
-        avoid: address of a worker that could not do them.
+        positions: positions of the tasks' results among the slide's. number: the batch's number among the slide's.
+    attempt: how often they failed for a transient reason. alone: whether they run alone in their process now, because
+    workers died while they were in flight. trials: how often they were sent to run alone. begun: how often a worker has
+    begun them alone, and died. avoid: address of a worker that could not do them.
     """
 
     running: RunningSlide
@@ -200,24 +200,24 @@ class SentBatch:
 
 
 def kind_of(stage: Stage) -> str:
-    """Return the kind of batch that tasks of a stage are counted as: each kind has limits of its own."""
+    """Return the kind of batch as which tasks of a stage are counted: each kind has its own limits."""
     return MODEL if stage.needs_model else PLANNING if stage == PLAN else OTHER
 
 
-# A task that was begun alone in its process so often, and each time the process died, has killed it.
+# A task that was begun alone in its process this often, with the process dying each time, is what killed it.
 DEATHS_ALONE = 2
-MAX_TRIALS = 4  # of a task whose workers always die before it begins
+MAX_TRIALS = 4  # trials of a task whose workers always die before it begins
 
 
 class CrashTrials:
-    """Batches on which workers died, which are retried with each task alone.
+    """Batches on which workers died; they are retried with each task alone.
 
-    Dask blames all tasks of a worker that dies. One that is blamed too often is run again while nothing else of the
-    run is at work in its process: if workers die of that too, it is the culprit. Few run alone at once.
+    Dask blames all tasks of a worker that dies. A task that is blamed too often is run again with nothing else of the
+    run active in its process: if workers die of that too, it is the culprit. Only a few run alone at once.
 
     Attributes:
         waiting: batches that are not sent yet.
-        lost: why the GPU of the last worker failed that had a batch in hand, by the batch's key.
+        lost: why the GPU of the last worker that held a batch failed, by the batch's key.
     """
 
     def __init__(self) -> None:
@@ -244,16 +244,18 @@ class CrashTrials:
         return False
 
 
-# Batches in flight for each that can run at once. Dask's adaptive clusters grow to (seconds of work that the scheduler
-# knows) / 5 s: 4 batches of 3 s ask for more than twice the workers there are, until there are enough; and 12 s of work
-# are left to each while a slide is planned.
+# Batches in flight for each that can run at once. Dask's adaptive clusters grow to (seconds of work known to the
+# scheduler) / 5 s: 4 batches of 3 s ask for more than twice the present number of workers, until there are enough; and
+# each has 12 s of work left while a slide is planned.
 BATCHES_PER_SLOT = 4
-# And slides are planned so far ahead of the model that it does not wait where many small ones follow each other, and
-# those that plan are at other work, which nothing interrupts: finishing a slide takes most of a second.
+# And slides are planned so far ahead of the model that it does not have to wait when many small ones follow each other
+# while the planning workers are busy with other work, which nothing interrupts: finishing a slide takes most of a
+# second.
 PLANNED_S = BATCH_S
 MOST_AHEAD = 64  # slides for each that can run the model
-# Workers shall end together: a batch for the model is at most one of so many parts of the work left for each, and when
-# that is less than one batch, fewer are in flight. Other batches of a slide follow each other: smaller ones only wait.
+# Workers should finish together: a batch for the model is at most one of so many parts of the work left for each, and
+# when that is less than one batch, fewer are in flight. Other batches of a slide follow one another: smaller ones would
+# only wait.
 LAST_PER_SLOT, LAST_PARTS, LAST_PARTS_OTHER = 2, 8, 2
 
 
@@ -262,9 +264,8 @@ class BatchLimits:
     """The most that may be in flight.
 
     Attributes:
-        batches: how many batches.
-        seconds: of work in each.
-        ahead: slides are planned while fewer batches for the model are in flight, and spans wait, than this.
+        batches: number of batches. seconds: seconds of work in each. ahead: slides are planned as long as fewer batches
+    for the model than this are in flight or waiting as spans.
     """
 
     batches: Pools[int]
@@ -273,9 +274,9 @@ class BatchLimits:
 
     @classmethod
     def of(cls, left_s: Pools[float], slots: Pools[int], slide_s: float = BATCH_S) -> BatchLimits:
-        """Return the limits for seconds of work that are left in all, and so many batches that can run at once.
+        """Return the limits for the seconds of work left in all, and the number of batches that can run at once.
 
-        `slide_s` are the seconds of the model for a slide.
+        `slide_s` is the model's time for a slide, in seconds.
         """
         model_slots, other_slots = max(1, slots.model), max(1, slots.other)
         model_s, other_s = left_s.model / model_slots, left_s.other / other_slots
@@ -298,7 +299,7 @@ class RemainingWork:
         self._rates = rates
         self._ahead = len(slides) if isinstance(slides, Sized) else math.inf
         self._planned = 0
-        self._stages: Counter[Stage] = Counter()  # tasks of the model in slides that were planned
+        self._stages: Counter[Stage] = Counter()  # the model's tasks in slides that were planned
         self._out: Counter[Stage] = Counter()  # tasks in flight
 
     def slide_begun(self) -> None:
@@ -306,11 +307,11 @@ class RemainingWork:
         self._ahead = max(0, self._ahead - 1)
 
     def no_more_slides(self) -> None:
-        """Count no more slides that are not begun."""
+        """Record that there are no more slides to begin."""
         self._ahead = 0
 
     def slide_planned(self, running: RunningSlide) -> None:
-        """Learn the tasks of a slide; those that are not planned yet are taken to be like the mean of these."""
+        """Count the tasks of a planned slide; slides not yet planned are taken to be like their mean."""
         self._planned += 1
         for phase in running.phases:
             if phase[0][1].stage.needs_model:
@@ -340,12 +341,12 @@ class RemainingWork:
         return Pools(model_s, other_s)
 
     def limits(self, active: Iterable[RunningSlide], slots: Pools[int]) -> BatchLimits:
-        """Return the limits for so many batches that can run at once: until the end comes near, always the same."""
+        """Return the limits for this many batches that can run at once: always the same until the end is near."""
         left_s = self.left_s(active, LAST_PARTS * BATCH_S * max(1, slots.model))
         return BatchLimits.of(left_s, slots, self._slide_s())
 
     def _ahead_s(self) -> float:
-        """Return the seconds of the model for slides that are not begun."""
+        """Return the model's time for slides that have not begun, in seconds."""
         if not self._ahead:
             return 0.0
         if not self._planned:
@@ -353,7 +354,7 @@ class RemainingWork:
         return self._ahead * self._slide_s()
 
     def _slide_s(self) -> float:
-        """Return the seconds of the model for a slide, in the mean of those planned."""
+        """Return the model's mean time for a planned slide, in seconds."""
         planned_s = sum(count * self._rates.seconds(stage) for stage, count in self._stages.items())
         return planned_s / self._planned if self._planned else BATCH_S
 
@@ -363,7 +364,7 @@ class Backlog:
     """The batches of a worker.
 
     Attributes:
-        batches: seconds of work in each, by its key; the worker is at the first, as far as the client can see.
+        batches: seconds of work in each, by its key; the worker is on the first one, as far as the client can see.
         since: when it began that one.
     """
 
@@ -371,7 +372,7 @@ class Backlog:
     since: float = 0.0
 
     def left_s(self, now: float) -> float:
-        """Return the seconds of work left; a batch that takes longer than expected is taken to be nearly done."""
+        """Return the seconds of work left; a batch that takes longer than expected counts as nearly done."""
         if not self.batches:
             return 0.0
         first_s = next(iter(self.batches.values()))
@@ -379,10 +380,10 @@ class Backlog:
 
 
 class Backlogs:
-    """The work of each worker, of the batches for which one was chosen here.
+    """The work of each worker, in batches for which a worker was chosen here.
 
-    Dask chooses by all that a worker has to do, with as many threads as it has. A GPU does two batches at a time, and
-    whether it runs dry does not depend on what its worker's other threads have to plan and stitch.
+    Dask chooses by everything that a worker has to do, with as many threads as it has. A GPU does a few batches at a
+    time, and whether it runs dry does not depend on what its worker's other threads have to plan and stitch.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -391,13 +392,13 @@ class Backlogs:
         self._at: dict[str, str] = {}
 
     def soonest(self, slots: Mapping[str, int]) -> str:
-        """Return the address of the worker that is free first, among some that do so many batches at once."""
+        """Return the address of the worker that will be free first, among those given with their batches at once."""
         now = self._clock()
         idle = Backlog()
         return min(slots, key=lambda address: self._of.get(address, idle).left_s(now) / slots[address])
 
     def add(self, key: str, worker: str, seconds: float) -> None:
-        """Add a batch that is sent to a worker."""
+        """Add a batch that was sent to a worker."""
         backlog = self._of.setdefault(worker, Backlog())
         if not backlog.batches:
             backlog.since = self._clock()
@@ -405,7 +406,7 @@ class Backlogs:
         self._at[key] = worker
 
     def remove(self, key: str) -> None:
-        """Remove a batch that is done, or will not be done; of others nothing happens."""
+        """Remove a batch that is done, or will not be done; unknown ones are ignored."""
         if (worker := self._at.pop(key, None)) is not None:
             backlog = self._of[worker]
             del backlog.batches[key]

@@ -1,4 +1,4 @@
-"""Plugins of a run in the workers and in the scheduler, and how a worker performs batches of tasks."""
+"""A run's plugins in the workers and in the scheduler, and how a worker performs batches of tasks."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.examining import Blind
     from wsi_gradcam.run.plan import RunPlan
 
-# What a scheduler's HTTP server answers where its configuration names this module (pipelines/kubernetes.py): whether
-# there is work, so that Dask's operator ends an idle cluster. All of Dask's own API would let anybody retire workers.
+# What a scheduler's HTTP server answers if its configuration names this module (pipelines/kubernetes.py): whether there
+# is work, so that Dask's operator ends an idle cluster. Dask's full API would let anybody retire workers.
 routes: list[tuple[str, Any, dict[str, Any]]] = [("/api/v1/check_idle", CheckIdleHandler, {})]
-REPORT_S = 0.1  # for a few bytes to the scheduler, before what may be the end
+REPORT_S = 0.1  # for a few bytes to the scheduler, before the process may end
 
 
 @dataclass(frozen=True)
 class TaskBatch:
-    """Tasks of a slide that a worker performs one after the other: all that is sent to it.
+    """Tasks of a slide that a worker performs one after another: all that is sent to it.
 
     Attributes:
         run: name of the run's plugin.
-        alone: nothing else of the run may be at work in that process meanwhile.
+        alone: whether nothing else of the run may be active in that process meanwhile.
     """
 
     run: str
@@ -53,8 +53,7 @@ class BatchResult:
 
     Attributes:
         worker: address of the worker that performed it.
-        results: of the first tasks, as many as succeeded.
-        error: of the next task; None where none failed.
+        results: those of the first tasks, as many as succeeded. error: that of the next task; None if none failed.
         may_succeed: whether that task may succeed a moment later, or on another worker.
     """
 
@@ -81,7 +80,7 @@ class RunWorkerPlugin(WorkerPlugin):
         self.context, self.lock = Context(self._workload, EXAMINED.take(self._workload.run)), SharedLock()
 
     def teardown(self, worker: Worker) -> None:
-        """Called on the worker at the end of the run; tasks that are at work keep the context until they end."""
+        """Called on the worker at the end of the run; running tasks keep the context until they end."""
         self.stopped = True
         if self.context is not None:
             self.context.close()
@@ -90,19 +89,19 @@ class RunWorkerPlugin(WorkerPlugin):
 
 
 class ExaminedModel:
-    """The model that this process examined last, which a run on it need not load and compile again."""
+    """The model that this process last examined, so that a run with it need not load and compile it again."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: tuple[str, Explainer | Blind] | None = None
 
     def keep(self, explainer: Explainer | Blind, device: str) -> None:
-        """Keep an explainer for the run that it was examined for, which begins soon; an earlier one is forgotten."""
+        """Keep an explainer for the run for which it was examined, which begins soon; an earlier one is forgotten."""
         with self._lock:
             self._kept = device, explainer
 
     def take(self, run: RunPlan) -> Explainer | Blind | None:
-        """Return the explainer that was kept, if it is the run's, and forget it."""
+        """Return the kept explainer, if it is the run's, and forget it."""
         with self._lock:
             kept, self._kept = self._kept, None
         if kept is None or kept[0] != run.settings.device or _loaded(kept[1].facts) != _loaded(run.facts):
@@ -111,7 +110,7 @@ class ExaminedModel:
 
 
 def _loaded(facts: ModelFacts) -> tuple[object, ...]:
-    """Return all that differs between two explainers: the weights and their digest, and what is made of them."""
+    """Return everything in which two explainers may differ: the weights, their digest, and what is made of them."""
     return facts.digest, facts.layers, facts.traced, facts.batch_size, facts.choice.engine, facts.choice.precision
 
 
@@ -119,7 +118,7 @@ EXAMINED = ExaminedModel()
 
 
 class SharedLock:
-    """A lock that many tasks of a process hold together, or one alone."""
+    """A lock that many tasks of a process can hold together, or one alone."""
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
@@ -128,7 +127,7 @@ class SharedLock:
 
     @contextmanager
     def held(self, alone: bool) -> Iterator[None]:
-        """Hold the lock as a context: wait until none holds it alone, or to hold it `alone`, until none holds it."""
+        """Hold the lock as a context: wait until none holds it alone or, to hold it `alone`, until none holds it."""
         with self._changed:
             self._changed.wait_for(lambda: not self._taken)
             if alone:
@@ -174,20 +173,20 @@ def perform_batch(batch: TaskBatch) -> BatchResult:
 
 
 def _report_begun(worker: Worker, run: str) -> None:
-    """Tell the client that from now on only this batch can end the process."""
+    """Tell the client that, from now on, only this batch can end the process."""
     worker.log_event(run, {"alone": str(worker.get_current_task())})
     time.sleep(REPORT_S)
 
 
 def _end_process(worker: Worker, run: str, error: DeviceError) -> NoReturn:
-    """End a process that can no longer use its GPU, with all its work; the client is told why.
+    """End a process that can no longer use its GPU, with all its work, and tell the client why.
 
-    Its nanny starts another one, and Dask gives its tasks to others, as when it dies by itself.
+    Its nanny starts another one, and Dask gives its tasks to others, as when it dies on its own.
     """
     cause = one_line(error if error.__cause__ is None else error.__cause__)
     worker.log_event(run, {"lost": str(worker.get_current_task()), "worker": worker.address, "cause": cause})
     time.sleep(REPORT_S)
-    os._exit(1)  # nothing of it can be closed: libraries would wait for the GPU
+    os._exit(1)  # nothing can be closed: libraries would wait for the GPU
 
 
 def portable(error: Exception) -> Exception:
@@ -223,7 +222,7 @@ def check_device(device: str, address: str) -> None:
 
 
 def use_threads(count: int) -> None:
-    """Set the threads of numerical libraries before torch is loaded; and of torch, where it is already."""
+    """Set the threads of numerical libraries before torch is loaded, and of torch if it is already loaded."""
     import sys
 
     # Dask gives workers 1 of each; torch takes MKL's number for its own.
@@ -235,21 +234,20 @@ def use_threads(count: int) -> None:
 
 
 def stop_here(name: str, dask_worker: Worker) -> None:
-    """Make a worker begin no further task of a run."""
+    """Make a worker begin no further tasks of a run."""
     plugin = dask_worker.plugins.get(name)
     if isinstance(plugin, RunWorkerPlugin):
         plugin.stopped = True
 
 
 class RunSchedulerPlugin(SchedulerPlugin):
-    """Looks after a run in the scheduler: hints are hints, and a client that is gone leaves nothing behind.
+    """Looks after a run in the scheduler: hints are only hints, and a client that is gone leaves nothing behind.
 
     A batch that asks for a worker (`workers=[address]`) goes there if it can, and is then as free as any other. Dask
-    itself would keep it from all others for ever: one sent to a worker that is gone would wait, and none could be
-    taken over by workers that are idle. Its `allow_other_workers` is no help: it forgets resources too, and lets
-    what wants a GPU go where none is; and what finds no worker at all is not given to one that comes later.
-
-    When the run's client is gone, however it went, its plugin is taken from all workers, and this one goes too.
+    itself would keep it from all other workers for ever: a batch sent to a worker that is gone would wait, and idle
+    workers could not take over any. Its `allow_other_workers` is no help: it drops resource requirements too, so that
+    work for a GPU goes where there is none; and a batch that finds no worker at all is not given to one that comes
+    later. When the run's client is gone, for whatever reason, its plugin is removed from all workers, and this one too.
     """
 
     def __init__(self, run: str, client: str) -> None:
@@ -272,7 +270,7 @@ class RunSchedulerPlugin(SchedulerPlugin):
                 self._scheduler.loop.add_callback(self._place, key)
 
     def _place(self, key: str) -> None:
-        """Let Dask look for a worker again; where there is none, it does when one comes."""
+        """Let Dask look for a worker again; if there is none, it does so when one comes."""
         task = self._scheduler.tasks.get(key)
         if task is not None and task.state == "no-worker":
             self._scheduler.transitions({key: "processing"}, stimulus_id=self.name)

@@ -39,13 +39,13 @@ from wsi_gradcam.run.workload import PLAN
 from wsi_gradcam.system.isolation import GRACE_S, POLL_S, STOP
 
 WORKERS_POLLED_S = 2.0
-FETCH_S = 10.0  # for results of workers that may be gone with them
+FETCH_S = 10.0  # time to wait for results whose workers may be gone
 
 
 class ResultCollector:
-    """Waits for futures, and fetches the results of all that are done in one request.
+    """Waits for futures, and fetches the results of all finished ones in one request.
 
-    A request for each costs 3 ms, which is too much for a GPU cluster.
+    A separate request for each costs 3 ms, which is too much for a GPU cluster.
     """
 
     def __init__(self, client: Client) -> None:
@@ -84,7 +84,7 @@ class ResultCollector:
         return arrived
 
     def _fetched(self, futures: list[Future[Any]]) -> list[tuple[Future[Any], BatchResult | BaseException]]:
-        """Return results; futures whose result cannot be had now are watched again."""
+        """Return results; futures whose result is not available now are watched again."""
         gather = partial(self._client.gather, asynchronous=True)
         found: dict[int, BatchResult | None] = {}
         if futures:
@@ -112,7 +112,7 @@ def _failed_attempt(error: BaseException, worker: str = "", again: bool = False)
 
 
 def _helpful(error: BaseException, task: Task, lost: str = "") -> BaseException:
-    """Return the error of a task, or instead of Dask's one that says how to mend it; `lost` is why a GPU failed."""
+    """Return a task's error, or in place of Dask's error one that says how to fix it; `lost` is why a GPU failed."""
     if isinstance(error, KilledWorker) and lost:
         return WorkerError(
             f"{task.slide.path}: the GPU failed in one worker after another on '{task}' alone ({lost}); check the "
@@ -135,11 +135,11 @@ def _helpful(error: BaseException, task: Task, lost: str = "") -> BaseException:
 class SlideScheduler:
     """Keeps a bounded number of batches in flight, the oldest slides first.
 
-    Slides are planned ahead only while the limits allow it: none is begun that could not be worked on, so that slides
-    finish in the order in which they began, and an archive of any size takes the same memory here.
+    Slides are planned ahead only as long as the limits allow it: none is begun that could not be processed, so that
+    slides finish in the order in which they began, and an archive of any size takes the same memory here.
 
-    Where the model wants a resource, each batch of it asks for the worker that will be free first, if `hints` are
-    understood (by the run's `RunSchedulerPlugin`). Other batches Dask keeps until a worker is free.
+    If the model needs a resource, each of its batches asks for the worker that will be free first, provided that
+    `hints` are understood (by the run's `RunSchedulerPlugin`). Dask keeps other batches until a worker is free.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class SlideScheduler:
                 self._client.unsubscribe_topic(self._name)
 
     def _fill(self, left: Iterator[tuple[int, SlideEntry]]) -> None:
-        """Send the tasks that may be sent, in the order of slides, and begin slides while the limits allow it."""
+        """Send the tasks that may be sent, in the order of slides, and begin slides as long as the limits allow it."""
         now = time.monotonic()
         due, self._later = [s for at, s in self._later if at <= now], [(at, s) for at, s in self._later if at > now]
         for again in due:
@@ -203,7 +203,7 @@ class SlideScheduler:
             while (stage := running.next_stage) and self._out[kind_of(stage)] < limits.batches.of(stage.needs_model):
                 self._send(running.next_batch(self._rates, limits.seconds.of(stage.needs_model)))
             waiting += running.waiting_for_model
-        # More than can be planned at once: what waits to be planned goes before the finishing of slides.
+        # More than can be planned at once: waiting plans take precedence over finishing slides.
         most, begun = BATCHES_PER_SLOT * max(1, self._workers.slots.other), self._out[PLANNING]
         while self._out[PLANNING] < most and self._out[MODEL] + waiting + begun < limits.ahead:
             if not self._begin(left):
@@ -227,10 +227,10 @@ class SlideScheduler:
 
     def _send(self, sent: SentBatch) -> None:
         running, stage = sent.running, sent.tasks[0].stage
-        if running.error is not None:  # it has failed meanwhile
+        if running.error is not None:  # it has failed in the meantime
             self._leave(running, len(sent.tasks))
             return
-        # What is planned is ready when it is wanted; a slide that began first is finished first.
+        # Plans are ready when they are needed; a slide that began first is finished first.
         future = self._client.submit(
             perform_batch,
             TaskBatch(self._name, sent.tasks, sent.alone),
@@ -257,7 +257,7 @@ class SlideScheduler:
         return [worker]
 
     def _collect(self) -> None:
-        """Wait for a moment, take the results that have come, and check that there are workers for the rest."""
+        """Wait for a moment, take the results that have arrived, and check that there are workers for the rest."""
         for future, result in self._collector.collect(POLL_S):
             if isinstance(result, CancelledError) and future in self._sent:
                 raise result
@@ -276,7 +276,7 @@ class SlideScheduler:
             raise FatalError(error) from error
 
     def _forget(self, future: Future[Any]) -> SentBatch | None:
-        """Return the batch of a future, which is no longer in flight; None where it was sent again."""
+        """Return the batch of a future, which is no longer in flight; None if it was sent again."""
         sent = self._sent.pop(future, None)
         if sent is not None:
             self._out[sent.kind] -= 1
@@ -285,7 +285,7 @@ class SlideScheduler:
         return sent
 
     def _send_anew(self) -> None:
-        """Send batches for workers that declare CPU, of which none is left, to the others."""
+        """Send batches for workers that declare CPU, if none of these is left, to the others."""
         futures = [future for future, sent in self._sent.items() if not sent.needs_model]
         anew = [sent for future in futures if (sent := self._forget(future)) is not None]
         self._client.cancel(futures)
@@ -293,7 +293,7 @@ class SlideScheduler:
             self._send(sent.rest(0))
 
     def _take(self, sent: SentBatch, result: BatchResult | BaseException) -> None:
-        """Take the result of a batch, or the error that Dask has instead."""
+        """Take the result of a batch, or Dask's error instead."""
         if isinstance(result, KilledWorker) and not self._crash_trials.is_culprit(sent, self._key(sent)):
             self._observe(sent.tasks[0], _failed_attempt(result, again=True))
             return
@@ -333,7 +333,7 @@ class SlideScheduler:
         self._leave(sent.running, len(sent.tasks))
 
     def _leave(self, running: RunningSlide, count: int) -> None:
-        """Count tasks as no longer in flight; the job goes on when they were the last."""
+        """Count tasks as no longer in flight; the job continues if they were the last."""
         running.returned(count)
         while running.ended:
             record = running.advance()
@@ -346,7 +346,7 @@ class SlideScheduler:
                 self._remaining.slide_planned(running)
 
     def _stop(self) -> Iterator[SlideRecord]:
-        """Let workers finish what they have begun, within a bound, and end the run."""
+        """Let workers finish what they have begun, within a time limit, and end the run."""
         self._client.run(stop_here, self._name, wait=False, on_error="ignore")
         until = time.monotonic() + GRACE_S
         while self._sent and time.monotonic() < until:

@@ -29,13 +29,13 @@ from wsi_gradcam.errors import AGAIN, WorkerError, one_line
 LOG = logging.getLogger("wsi_gradcam")
 T = TypeVar("T")
 
-WAIT_S = 50.0  # with the time to connect an error comes within a minute
-TOLD_S = 3.0  # before it is told that workers are missing: a moment is not worth a word
+WAIT_S = 50.0  # including the time to connect, an error comes within a minute
+TOLD_S = 3.0  # before missing workers are reported: a moment is not worth a message
 GPU, CPU = "GPU", "CPU"  # names of the resources that workers declare
-# So many batches share a GPU: while the patches of one are read, and the maps of others written, the model works for
-# another, and the slides after it are open already.
+# This many batches share a GPU: while the patches of one are read, and the maps of others written, the model works for
+# another, and the next slides are already open.
 GPU_SHARE = 0.25
-ANSWER_S = 10  # of a scheduler that is asked for its workers
+ANSWER_S = 10  # for a scheduler's answer about its workers
 LOST = "the connection to the Dask scheduler is lost; restart it"
 CERTIFICATES = (
     "give the files in DASK_DISTRIBUTED__COMM__TLS__CA_FILE, ...__TLS__CLIENT__CERT and ...__TLS__CLIENT__KEY, or in "
@@ -60,9 +60,8 @@ class Workers:
     """The workers at one moment.
 
     Attributes:
-        addresses: of all.
-        needs: resources that a batch asks for.
-        able: how many batches each worker that has those runs at once, by its address.
+        addresses: the addresses of all workers. needs: resources that a batch asks for. able: how many batches each
+    worker with those resources runs at once, by its address.
         slots: how many batches can run at once on all workers together.
         missing: what is missing, and how to fix it; empty if nothing is.
     """
@@ -75,7 +74,7 @@ class Workers:
 
     @classmethod
     def of(cls, info: Mapping[str, Any], device: str, scheduler: str = "ADDRESS") -> Workers:
-        """Return the workers in the scheduler's information on each; `device` is where the model runs."""
+        """Return the workers from the scheduler's information about each; `device` is where the model runs."""
         declares_cpu = any(worker.get("resources", {}).get(CPU) for worker in info.values())
         model_needs: dict[str, float] = {} if device == "cpu" else {GPU: GPU_SHARE}
         other_needs: dict[str, float] = {CPU: 1} if declares_cpu else {}
@@ -92,7 +91,7 @@ def _able(info: Mapping[str, Any], needs: Mapping[str, float]) -> dict[str, int]
 
 
 def _slots(worker: Mapping[str, Any], need: Mapping[str, float]) -> int:
-    """Return how many batches with this need a worker runs at once."""
+    """Return how many batches with these needs a worker runs at once."""
     resources = worker.get("resources", {})
     return int(min([worker["nthreads"], *(resources.get(name, 0) / amount for name, amount in need.items())]))
 
@@ -113,7 +112,7 @@ def _missing_workers(info: Mapping[str, Any], has_device: bool, device: str, sch
 
 
 class MissingWorkerTimer:
-    """A timer that limits how long workers may be missing, and logs it after a moment."""
+    """A timer that limits how long workers may be missing, and logs that they are after a moment."""
 
     def __init__(self, wait_s: float) -> None:
         self._wait_s = wait_s
@@ -121,7 +120,7 @@ class MissingWorkerTimer:
         self._told = False
 
     def check(self, missing: str) -> None:
-        """Check the time, for what is missing now; "" where nothing is.
+        """Check the time, given what is missing now; "" if nothing is.
 
         Raises:
             WorkerError: something has been missing for too long.
@@ -141,8 +140,8 @@ class MissingWorkerTimer:
 def workers_of(client: Client) -> dict[str, Any]:
     """Return the scheduler's present information on each worker, by address.
 
-    `Client.scheduler_info` stores the answer where the client's own refresh, which leaves workers out, may write over
-    it before it is read: of 62,689 calls 3 had no workers. And where none comes, it returns the last one.
+    `Client.scheduler_info` stores the answer where the client's own refresh, which leaves out workers, may overwrite it
+    before it is read: 3 of 62,689 calls had no workers. And if no answer comes, it returns the last one.
 
     Raises:
         WorkerError: the scheduler does not answer.
@@ -156,14 +155,14 @@ def workers_of(client: Client) -> dict[str, Any]:
 
 
 def connect(where: Any, timeout_s: float) -> Client:
-    """Return a client of the scheduler at an address, or of a cluster.
+    """Return a client for the scheduler at an address, or for a cluster.
 
     Raises:
         WorkerError: no scheduler answers.
     """
     try:
         if isinstance(where, str):
-            resolve_address(where)  # a client that is given nonsense may wait for ever
+            resolve_address(where)  # a client that is given an invalid address may wait for ever
             _check_certificates(where)
         return Client(where, set_as_default=False, timeout=timeout_s)
     except (OSError, ValueError) as error:  # a TimeoutError is an OSError
@@ -174,7 +173,7 @@ def connect(where: Any, timeout_s: float) -> Client:
 
 
 def _check_certificates(address: str) -> None:
-    """Check that there are certificates for an address that needs some; Dask itself would only miss a context.
+    """Check that there are certificates for an address that needs them; Dask would only report a missing context.
 
     Raises:
         WorkerError: Dask's configuration names none, or files that cannot be read.
@@ -193,7 +192,7 @@ def _check_certificates(address: str) -> None:
 def ask_workers(
     scheduler: str, function: Callable[..., Any], *arguments: Any, timeout_s: float = ANSWER_S
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return the scheduler's information on each worker, and the result of `function` there, both by address.
+    """Return the scheduler's information about each worker, and the result of `function` there, both by address.
 
     An exception on a worker is returned as its result, even if the worker does not have the function.
 
@@ -205,23 +204,23 @@ def ask_workers(
         return workers, client.run(function, *arguments, workers=list(workers), on_error="return")
 
 
-THREADS = 2  # of a worker: one has patches read while the model works for the other
-# Of a worker with a GPU: the orders that it has in hand for it, see `workers.GPU_SHARE`. Planning, stitching and
-# finishing are work of Python's own, which would keep these from running: helpers do it, processes of one thread.
+THREADS = 2  # threads of a worker: one has patches read while the model works for the other
+# For a worker with a GPU: the batches that share the GPU, see `GPU_SHARE`. Planning, stitching and finishing run in
+# Python itself, which would keep these from running, so helpers do them, processes with one thread.
 GPU_THREADS = 4
 GPU_RESOURCES, HELPER_RESOURCES = {"GPU": 1}, {"CPU": 1}
-CORES_A_HELPER = 3  # the others read, and feed the GPUs
-# Where dask-cuda starts the workers there are no helpers.
+CORES_A_HELPER = 3  # the others read patches and feed the GPUs
+# If dask-cuda starts the workers, there are no helpers.
 WHOLE_THREADS, WHOLE_RESOURCES = 7, {"GPU": 1, "CPU": 3}
 HOST = "127.0.0.1"
 NO_WORKER_S = 60
 SETTINGS = {
     "distributed.scheduler.no-workers-timeout": NO_WORKER_S,
-    "distributed.scheduler.allowed-failures": 1,  # a trial gets another chance, alone
-    # A worker that dies again while it starts again is not lost: after 15 s it would be given up for good.
+    "distributed.scheduler.allowed-failures": 1,  # then the task is tried alone
+    # A worker that dies again while it restarts is not lost: otherwise it would be given up for good after 15 s.
     "distributed.deploy.lost-worker-timeout": "1 day",
-    # Nothing of ours can be spilled, and a worker that Dask pauses would wait for ever, as torch never gives memory
-    # back: one that eats its share of the machine is ended and started again, and its task is tried again.
+    # None of our data can be spilled, and a worker that Dask pauses would wait for ever, because torch never returns
+    # memory: a worker that uses up its share of the machine is restarted, and its task is tried again.
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.spill": False,
     "distributed.worker.memory.pause": False,
@@ -230,7 +229,7 @@ SETTINGS = {
 
 
 def helpers(cores: int = CPU_COUNT) -> int:
-    """Return the number of processes beside workers with a GPU that plan, stitch and finish slides."""
+    """Return the number of helper processes that plan, stitch and finish slides beside workers with a GPU."""
     return max(1, cores // CORES_A_HELPER)
 
 
@@ -240,7 +239,7 @@ def threads_each(workers: int) -> int:
 
 
 class _Unseen:
-    """A part of a cluster without Dask's HTTP server, which has no password and shows slides and errors to everyone."""
+    """A part of a cluster without Dask's HTTP server, which has no password and shows everyone slides and errors."""
 
     def start_http_server(self, *_: Any, **__: Any) -> None:
         """Listen nowhere."""
@@ -265,7 +264,7 @@ def local_cluster(workers: int, device: str) -> Iterator[Cluster]:
     Raises:
         WorkerError: "cuda" is requested, and there are fewer GPUs than workers.
     """
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # what fails is reported with its slide
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # failures are reported with their slides
     gpus = gpus_for(workers) if device == "cuda" else None
     with private_scratch(), dask.config.set(SETTINGS), _started(workers, device, gpus) as cluster:
         yield cluster
@@ -300,9 +299,9 @@ def _started(workers: int, device: str, gpus: list[str] | None) -> Cluster:
 
 
 def worker_options(workers: int, device: str, gpus: list[str] | None) -> Iterator[tuple[int | str, dict[str, Any]]]:
-    """Yield the name of each worker process, and what sets it apart: threads, memory, resources, environment.
+    """Yield the name of each worker process and its options: threads, memory, resources, environment.
 
-    On a GPU each sees one of `gpus`, which is `cuda` to it; torch is not loaded before its environment is set.
+    With GPUs, each sees only one of `gpus`, as its `cuda`; torch is not loaded before the environment is set.
     """
     if device == "cpu":
         for number in range(workers):
@@ -319,7 +318,7 @@ def worker_options(workers: int, device: str, gpus: list[str] | None) -> Iterato
 
 
 def _of_dask_cuda(gpus: list[str], security: Security) -> Cluster:
-    """Start a process for each GPU through dask-cuda, which also picks the cores near each; its HTTP has no pages."""
+    """Start a process for each GPU through dask-cuda, which also picks the cores near each; without HTTP pages."""
     with dask.config.set({f"distributed.{part}.http.routes": [] for part in ("scheduler", "worker")}):
         cluster: Cluster = import_module("dask_cuda").LocalCUDACluster(
             CUDA_VISIBLE_DEVICES=gpus,
@@ -376,8 +375,8 @@ def visible_gpus() -> list[str]:
 
 
 def dask_setup(worker: Worker) -> None:
-    """Called by Dask in a new worker's process: ignore a terminal's Ctrl-C, which reaches all processes of a command.
+    """Ignore a terminal's Ctrl-C, which reaches all processes of a command; called by Dask in a new worker's process.
 
-    A worker would print a traceback and die with its work; the client lets it finish that, and then ends it.
+    A worker would print a traceback and die with its work; the client lets it finish its work, and then ends it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
