@@ -27,12 +27,15 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
 
 CLAIM = "claim.json"
-EXPLAIN, AUDIT, EVIDENCE = "explain", "audit", "evidence"  # the works that hold claims
+EXPLAIN, AUDIT, EVIDENCE = "explain", "audit", "evidence"  # the kinds of work that hold claims
 HEARTBEAT_S = 3.0
-SILENT_S = 20.0  # without a heartbeat a run on another machine counts as gone: some heartbeats may be late
+SILENT_S = (
+    20.0  # without a heartbeat for this long, a run on another machine counts as gone: some heartbeats may be late
+)
 POLL_S = 0.5
 
-_ENDED: set[str] = set()  # runs of this process that are over, though their claims may stand: the store was away
+# Runs of this process that are over, although their claims may remain because the store was unreachable.
+_ENDED: set[str] = set()
 
 
 @dataclass(frozen=True)

@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 W = TypeVar("W", bound=Workload, covariant=True)
 
-GLANCE_PX = 512  # longer side of the thumbnail in which the colour of a slide's glass is found
-KEPT_OPEN = 2  # the slide in work and the next one
-KEPT_OPEN_FOR_GPU = 6  # those of the orders that share it, and the next ones
+GLANCE_PX = 512  # longest side of the thumbnail in which the colour of a slide's glass is found
+KEPT_OPEN = 2  # the current slide and the next one
+KEPT_OPEN_FOR_GPU = 6  # those of the tasks that share it, and the next ones
 KEPT_STORES = 8  # of each kind: their metadata need not be read again
 
 
@@ -134,7 +134,7 @@ class Context(Generic[W]):
 
                 with allowing_for_run(self.run.settings.allow_hosts):
                     self._model = Explainer.load(self.run.encoder, self.run.facts, self.run.settings.device)
-            assert not isinstance(self._model, Blind)  # no task of such a run asks for it
+            assert not isinstance(self._model, Blind)  # no task of such a run needs it
             return self._model
 
     def glass(self, entry: SlideEntry) -> tuple[int, int, int]:

@@ -53,12 +53,12 @@ class RunSession:
 
     Args:
         out: the folder that is claimed.
-        listener: is told what happens.
-        slide_rows: a function that returns the slides that have ended, for the report: rows as in slides.csv, by slide
+        listener: is notified of what happens. slide_rows: a function that returns the slides that have ended, for the
+        report: rows as in slides.csv, by slide
             id.
         log_tasks: whether each task has a line in the log.
         place: where the log, status and report are kept: for an audit a folder in `out`, else `out` itself.
-        work: the kind of work that it belongs to.
+        work: the kind of work.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class RunSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         with self._claimed:
-            self._working.close()  # first: no status of a run at work may be written after that of its end
+            self._working.close()  # first, because no status of an active run may be written after that of its end
             if self._facts is not None:
                 self._end(self._facts, error)
 
@@ -246,8 +246,7 @@ class Command:
         entries: the slides, with their ids.
         remarks: lines on what the search for slides left out.
         settings: of the run.
-        listener: is told what happens.
-        overwrite, retry_failed, log_tasks: as of `wsi_gradcam.api.explain`.
+        listener: is notified of what happens. overwrite, retry_failed, log_tasks: as for `wsi_gradcam.api.explain`.
         executor: opens the executor.
     """
 
@@ -332,7 +331,7 @@ def _choice_before(place: StoragePath, settings: Settings) -> Choice | None:
     except StoreError:  # reported when it is compared with this run
         return None
     asked = ("engine", "precision", "layer", "device", "decode")
-    now, default = settings.model_dump(mode="json"), {"decode": EXACT}  # of older versions
+    now, default = settings.model_dump(mode="json"), {"decode": EXACT}  # from older versions
     if stored is None or any({**default, **stored.get("settings", {})}.get(key) != now[key] for key in asked):
         return None
     return stored_choice(stored)

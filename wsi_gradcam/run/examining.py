@@ -1,4 +1,4 @@
-"""Examine a model on a few patches before a run, and a slide's stain on some pixels of its tissue."""
+"""Examines a model on a few patches before a run, and a slide's stain on some pixels of its tissue."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ LOG = logging.getLogger("wsi_gradcam")
 SLIDES_TRIED = 3
 MAX_BATCH_BYTES = 16 << 30
 BLOCK_PX = 1 << 15
-LOOKED_AT_PX, LOOKED_AT_MPP = (256, 256), 0.5  # of patches that no network sees, as viewers show them
+LOOKED_AT_PX, LOOKED_AT_MPP = (256, 256), 0.5  # size of patches that no network sees, as viewers show them
 RATED = 1024  # patches
-# A slide's stain is measured on so many squares of its tissue, of so many pixels a side: on CMU-1 the stains are then
-# within 1.5 degrees of those of all pixels; 128 squares of 64 px were 4 off.
+# A slide's stain is measured on this many squares of its tissue, with this many pixels a side: on CMU-1, the stains are
+# then within 1.5 degrees of those of all pixels; with 128 squares of 64 px, they were off by 4.
 STAIN_PLACES, STAIN_PX = 512, 32
 
 
@@ -96,15 +96,14 @@ def sample_patches(
 ) -> NDArray[np.uint8] | None:
     """Return up to `count` of the patches that a run explains, uint8 [n, H, W, 3], from the first readable slide.
 
-    Of tissue and inside the mask, as the settings say; with a `stain` normalised to it; `scaled` while tiles are
-    decoded. The same for the same archive
-    and settings. None where none of the first slides has a readable patch. What cannot be read is logged, and
-    reported when the slide's turn comes.
+    They are of tissue and inside the mask, according to the settings; normalised if `stain` is given; read with reduced
+    decoding if `scaled`. They are the same for the same archive and settings. None if none of the first slides has a
+    readable patch. What cannot be read is logged, and reported when the slide's turn comes.
     """
     for entry in slides[:SLIDES_TRIED]:
         try:
             patches = _of_slide(entry, settings, patch_px, mpp, count, stain, scaled)
-        except Exception as error:  # decoders and annotations of damaged files raise many kinds
+        except Exception as error:  # decoders and annotations raise many kinds of errors for damaged files
             LOG.info("engines are not compared on %s: %s", entry.id, one_line(error))
             continue
         if len(patches):
@@ -177,7 +176,7 @@ def examine_model(
 
     For a slide-level model, the encoder is run and the aggregator is checked.
 
-    A `choice` that was made before is kept.
+    A `choice` that was made earlier is kept.
 
     Raises:
         ConfigError: a batch is too large, or the aggregator does not have a bag method.
@@ -285,7 +284,7 @@ def slide_level_facts(spec: SlideModelSpec, encoder: ModelFacts, aggregator: Loa
     """Return the facts of a slide-level model from those of its parts.
 
     Raises:
-        ModelError: the encoder's features are not those that the aggregator takes.
+        ModelError: the encoder's features are not those that the aggregator expects.
     """
     from wsi_gradcam.mil.attribution import memory_growth
 

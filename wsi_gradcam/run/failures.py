@@ -40,8 +40,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 LOG = logging.getLogger("wsi_gradcam")
-PAUSES_S = (1.0, 5.0)  # before the second attempt and the third, which is the last
-# Of networks, of file systems that many use, of resources that other processes had.
+PAUSES_S = (1.0, 5.0)  # seconds before the second attempt and the third, which is the last
+# Errors of networks, of shared file systems, of resources that other processes were using.
 TRANSIENT_ERRNOS = frozenset(
     getattr(errno, name)
     for name in (
@@ -66,9 +66,9 @@ TRANSIENT_ERRNOS = frozenset(
     )
     if hasattr(errno, name)
 )
-# These are found out before any work is done, so that trying them again costs nothing.
+# These are found before any work is done, so that trying them again costs nothing.
 FOUND_EARLY = (AnnotationError, BagSizeError, FeatureError, ResumeError)
-# Settings that no failure of a slide depends on.
+# Settings on which no failure of a slide depends.
 ONLY_SPEED = {"reader_threads", "torch_threads"}
 DIGITS = 16
 
@@ -197,7 +197,7 @@ def _record(entry: SlideEntry, row: Mapping[str, str]) -> SlideRecord:
 
 
 def _file_state(path: str) -> list[Any] | None:
-    """Return values that change when a local file is replaced, mended, or made readable."""
+    """Return values that change when a local file is replaced, repaired, or made readable."""
     if is_url(path):
         return None
     try:

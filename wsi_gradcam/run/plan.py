@@ -52,9 +52,9 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger("wsi_gradcam")
 
-# Of the settings in an identity, those that make no difference to the features of patches.
+# The settings in an identity that do not affect the features of patches.
 AFTER_FEATURES = {"method", "target", "window", "bag_method", "bag_channels", "baseline", "given_features"}
-FORMAT = 4  # of everything below OUT; raised when old results must not be continued
+FORMAT = 4  # format of everything below OUT; raised when old results must not be continued
 MIB = 1 << 20
 
 
@@ -86,7 +86,7 @@ class RunPlan:
     """The plan of a run: everything that is the same for all slides. Small and picklable: workers get it once.
 
     Attributes:
-        out: where the results lie.
+        out: where the results are.
         spec: the model's specification; workers load the model from it.
         facts: the facts about the model.
         settings: how slides are explained.
@@ -115,7 +115,7 @@ class RunPlan:
 
     @property
     def maps(self) -> tuple[Map, ...]:
-        """The explanations of a patch: each method, of each target."""
+        """The explanations of a patch: each method for each target."""
         cells = self.facts.cam_shape[0] * self.facts.cam_shape[1]
         return tuple(
             Map(method, target, cells if METHOD_INFO[method].scale == "cells" else 1)
@@ -286,7 +286,7 @@ def plan_slide(
         AnnotationError: the regions cannot be read, or there is no tissue in them.
         StainError: its stain cannot be measured, and the model asks for that.
         ConfigError: patches smaller than a heatmap pixel.
-        FeatureError: the given features are of patches that the encoder does not see, or lie on glass.
+        FeatureError: the given features are those of patches that the encoder does not see, or of glass.
         ModelError: the aggregator sees all patches at once, and they need more memory than there is.
         MppError: the slide is far too coarse for the model.
     """
@@ -300,7 +300,7 @@ def plan_slide(
     notes += _enlarging(info, run.mpp, settings.allow_upsampling) if run.sees_pixels else []
     if judged_by_openslide_alone(info):
         notes.append("its tiles are checked only by OpenSlide, which shows some damaged ones")
-    Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses what cannot be drawn
+    Enlarger(view[2:], run.facts.cam_shape, settings.heatmap_stride)  # refuses outlines that cannot be drawn
     if given is not None and len(given):
         Enlarger((float(given.boxes[:, 2].min()), float(given.boxes[:, 3].min())), (1, 1), settings.heatmap_stride)
     masks = slide_masks(slide)
@@ -372,14 +372,14 @@ def _stain(slide: Slide, run: RunPlan, tissue: NDArray[np.bool_], patches: int) 
     return fit_stain(slide, tissue, run.mpp, target) if target is not None and patches else None
 
 
-# Of a patch's side: what rounding leaves; and what programs leave that know magnifications in words.
+# Shares of a patch's side: the error from rounding, and from programs that know magnifications only by name.
 SAME_SIDE, NEAR_SIDE = 0.02, 0.15
 
 
 def _given_patches(given: FeatureBag, run: RunPlan, info: SlideInfo) -> tuple[tuple[float, float], list[str]]:
     """Return (height, width) in level-0 px of patches whose features were made elsewhere, and notes.
 
-    Where pixels are explained that is what the encoder is shown, whose pixels are square.
+    If pixels are explained, this is what the encoder is shown, with square pixels.
 
     Raises:
         FeatureError: the encoder sees patches of another size or shape.
@@ -408,7 +408,8 @@ def _given_patches(given: FeatureBag, run: RunPlan, info: SlideInfo) -> tuple[tu
     return (shown[0], shown[1]), notes
 
 
-# Of a slide's pixels for the model: enlarged more, it is told; more still, the model would see blur for tissue.
+# Enlargement of a slide's pixels for the model: above the first it is reported; above the second, the model would see
+# blur instead of tissue.
 ENLARGED, MOST_ENLARGED = 1.5, 4.0
 
 
@@ -480,8 +481,8 @@ def estimate(entry: SlideEntry, plan: SlidePlan, run: RunPlan) -> Estimate:
 def memory_estimate(run: RunPlan) -> int:
     """Return the estimated peak memory of one process, in bytes: it depends on batch and block, not on the slide.
 
-    700 MiB are Python, torch and timm as measured on a CPU; a block's stitching holds five arrays of a shard;
-    a batch's largest layer is held twice, and a copy of the pixels.
+    700 MiB are Python, torch and timm, as measured on a CPU; stitching a block holds five arrays of a shard; a batch
+    holds its largest layer twice, and copies of the pixels.
     """
     batch = run.facts.batch_size
     pixels = 3 * 4 * run.patch_px[0] * run.patch_px[1]

@@ -23,14 +23,14 @@ from wsi_gradcam.run.status import (
 )
 from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
 
-BINS = 120  # of throughput over time, at least half of which are in use in a long run
+BINS = 120  # bins of throughput over time, at least half of which are in use in a long run
 RECENT_S = 120.0
-CAUSES, NAMED, SLOWEST = 50, 5, 10  # most causes of failures, slides of each, and slides that took longest
+CAUSES, NAMED, SLOWEST = 50, 5, 10  # most causes of failures, slides for each, and slowest slides
 
 
 @dataclass
 class Throughput:
-    """Patches over time, in a bounded number of bins that become wider as time goes by, `width_s` seconds."""
+    """Patches over time, in a limited number of bins of `width_s` seconds, which become wider as time goes by."""
 
     width_s: float = 1.0
     patches: list[int] = field(default_factory=list)
@@ -51,7 +51,7 @@ class Throughput:
 
 @dataclass
 class StageSum:
-    """Tasks of a stage that are done, and their seconds in sum over all workers."""
+    """Finished tasks of a stage, and their seconds summed over all workers."""
 
     tasks: int = 0
     seconds: float = 0.0
@@ -71,7 +71,7 @@ class WorkerSum:
     at_once: int = 0
 
     def status(self, now_s: float, readers: int) -> WorkerStatus:
-        """Return the work with its rate and its shares of the time, for so many reading threads."""
+        """Return the work with its rate and its shares of the time, given the number of reading threads."""
         wall_s = max(1e-9, now_s - self.since_s)
         return WorkerStatus(
             **asdict(self),
@@ -94,11 +94,11 @@ class Progress:
     """Counts the tasks and slides of a run.
 
     Attributes:
-        slides: how many there are.
+        slides: number of slides.
         ended: slides by how they ended.
-        skipped: of these, those that had ended before this run.
-        patches: to be done, of the slides planned so far; `patches_done` of them are.
-        to_encode: patches that a slide-level model sees once more, before all others; `encoded` of them were.
+        skipped: of these, those that had ended before this run. patches: patches to be done in the slides planned so
+        far; `patches_done` of them are done. to_encode: patches that a slide-level model sees once more, before all
+        else; `encoded` of them are done.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -117,7 +117,7 @@ class Progress:
         self._slowest: list[tuple[float, str, int]] = []
 
     def begin(self, slides: int, readers: int = 1, patches: int | None = None) -> None:
-        """Begin now, with so many slides, reading threads of a worker, and patches, if these are known by now."""
+        """Begin now, with the number of slides, of reading threads per worker and, if known, of patches."""
         self._started = self._clock()
         self.slides, self.readers = slides, readers
         if patches is not None:
@@ -174,8 +174,8 @@ class Progress:
     def patches_expected(self) -> int:
         """The expected number of patches: a slide that is not planned yet counts as the mean of those that are.
 
-        Of these, slides that an earlier command has finished count whole: that nothing is left of them says nothing of
-        the others.
+        Among these, slides that an earlier command has finished count in full: that nothing is left of them says
+        nothing about the others.
         """
         return self.patches + self._unplanned if self.planned else 0
 
@@ -198,7 +198,7 @@ class Progress:
         return self.throughput.since(from_s) / max(1e-9, now_s - from_s)
 
     def left_s(self) -> float | None:
-        """Return the seconds that the rest will take at the present rate; None if that is not known yet."""
+        """Return the seconds that the rest will take at the current rate; None if that is not known yet."""
         done, expected = self.passes
         left = max(0, expected - done)
         if self.slides_done == self.slides:
@@ -212,7 +212,7 @@ class Progress:
         return [FailureCause(text, cause.count, cause.slides) for text, cause in ordered]
 
     def numbers(self) -> RunNumbers:
-        """Return all present numbers."""
+        """Return all current numbers."""
         now_s, left_s = self.elapsed_s(), self.left_s()
         slowest = sorted(self._slowest, reverse=True)
         return RunNumbers(
@@ -240,7 +240,7 @@ class Progress:
 
 
 def cause_of(record: SlideRecord) -> str:
-    """Return why a slide failed, without its name: a folder of wrong files has one cause a thousand times."""
+    """Return why a slide failed, without its name: a folder of wrong files has the same cause a thousand times."""
     return without_path(record.error, as_text(record.slide.path))
 
 

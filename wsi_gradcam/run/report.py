@@ -1,7 +1,7 @@
 """A run's log in OUT, and `run.html`, a page that needs no other file and no script.
 
-The log has a line of JSON for each event, in OUT/log/RUN-NUMBER.jsonl. An object in a store cannot be appended to, so
-the log comes in parts that are written whole: the last one again and again until it is long enough.
+The log has a line of JSON for each event, in OUT/log/RUN-NUMBER.jsonl. Objects in a store cannot be appended to, so the
+log comes in parts that are written as a whole, the last one again and again until it is long enough.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 LOG = "log"
 PART_BYTES = 128 << 10
-LONGEST = 2000  # characters of a text: errors may quote whatever a slide holds
+LONGEST = 2000  # characters of a text: errors may quote anything that a slide contains
 PACKAGE = logging.getLogger("wsi_gradcam")
 
 
@@ -59,7 +59,7 @@ class RunLog:
         """Write the lines added since the last time.
 
         Raises:
-            StoreError: OUT cannot be written; nothing is lost, the next time may succeed.
+            StoreError: OUT cannot be written; nothing is lost, and the next attempt may succeed.
         """
         with self._lock:
             while self._written < len(self._lines):
@@ -87,7 +87,7 @@ def _shortened(value: Any) -> Any:
 
 @dataclass
 class _SlideSums:
-    """Sums of the tasks of a slide in work."""
+    """Sums over the tasks of an unfinished slide."""
 
     tasks: int = 0
     seconds_by_stage: dict[str, float] = field(default_factory=dict)
@@ -112,7 +112,7 @@ class EventLog(RunLog):
         self.add("worker joined", worker=worker)
 
     def task_done(self, task: Task, performed: Performed) -> None:
-        """Sum up for the slide; add a line where it was planned, or where each task has one."""
+        """Add to the slide's sums; add a line if the task planned it, or if each task has one."""
         result = performed.result
         if isinstance(result, Planned) and result.outcome is not None:
             return
@@ -177,7 +177,7 @@ class _WarningHandler(logging.Handler):
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Add a line; where no other handler shows warnings, they go where they would go without this one."""
+        """Add a line; if no other handler shows warnings, they go where they would go without this one."""
         self._log.add("warned", record.levelname.lower(), text=record.getMessage())
         others = [handler for handler in (*PACKAGE.handlers, *logging.getLogger().handlers) if handler is not self]
         if not others and logging.lastResort is not None:
@@ -201,7 +201,7 @@ def _names(task: Task) -> dict[str, Any]:
 
 LISTED = 1000  # slides with a line of their own
 STATUSES: dict[str, str] = {
-    SlideStatus.OK: "explained",  # of an audit: audited
+    SlideStatus.OK: "explained",  # for an audit: audited
     SlideStatus.NO_TISSUE: "without tissue",
     SlideStatus.FAILED: "failed",
 }
@@ -212,9 +212,8 @@ class ThroughputBars:
     """Patches per second over time.
 
     Attributes:
-        heights: of the bars, in percent of the highest.
-        highest: patches per second of the highest bar.
-        bar_s: seconds that a bar stands for.
+        heights: heights of the bars, in per cent of the highest. highest: patches per second of the highest bar. bar_s:
+        seconds that a bar represents.
     """
 
     heights: Sequence[float]
@@ -234,7 +233,7 @@ class StageRow:
 
 @dataclass(frozen=True)
 class SlideRow:
-    """A slide that has ended; `picture` is the path of its overview from the page, "" where there is none."""
+    """A slide that has ended; `picture` is the path of its overview from the page, "" if there is none."""
 
     name: str
     picture: str
@@ -249,9 +248,8 @@ def run_page(
     """Return the page of a run, as UTF-8.
 
     Args:
-        status: of the run at its end.
-        rows: the rows of `slides.csv` by slide id, or such as these.
-        path_of: returns the path of a slide's folder from OUT.
+        status: the run's status at its end. rows: the rows of `slides.csv` by slide id, or similar ones. path_of:
+        returns the path of a slide's folder, relative to OUT.
     """
     listed = list(rows.items())[:LISTED]
     is_audit, numbers = status.facts.work == AUDIT, status.numbers
@@ -278,7 +276,7 @@ def run_page(
 def _folder(name: str, path_of: Callable[[str], str]) -> str:
     try:
         return path_of(name)
-    except ResultError:  # a name of no slide below OUT: of a table that is damaged
+    except ResultError:  # not the name of a slide below OUT: the table is damaged
         return name
 
 
@@ -287,7 +285,7 @@ def _setting(value: Any) -> Any:
 
 
 def _throughput(throughput: ThroughputStatus, elapsed_s: float) -> ThroughputBars | None:
-    """Return the bars; None where no patch was explained."""
+    """Return the bars; None if no patch was explained."""
     width_s, counts = throughput.width_s, throughput.patches
     if not any(counts):
         return None
@@ -297,7 +295,7 @@ def _throughput(throughput: ThroughputStatus, elapsed_s: float) -> ThroughputBar
 
 
 def _stages(stages: Mapping[str, StageStatus]) -> list[StageRow]:
-    """Return the stages, that which took longest first."""
+    """Return the stages, longest first."""
     total_s = sum(stage.seconds for stage in stages.values()) or 1e-9
     rows = [StageRow(name, s.tasks, s.seconds, s.seconds / total_s) for name, s in stages.items()]
     return sorted(rows, key=lambda row: -row.seconds)

@@ -25,7 +25,8 @@ from wsi_gradcam.system.confinement import Limits
 from wsi_gradcam.system.processes import cores
 
 # Settings that change only how fast or how patiently a result is reached, not the result. The path of the mask and the
-# source of a slide's mpp are among them: the mask's content, its frame and the mpp itself count, slide by slide.
+# source of a slide's mpp are among them: what counts, slide by slide, are the mask's content, its frame and the mpp
+# itself.
 NOT_IN_IDENTITY = frozenset(
     {
         "reader_threads",
@@ -38,15 +39,15 @@ NOT_IN_IDENTITY = frozenset(
         "mpp",
         "replace_mpp",
         "trust_objective",
-        "decode",  # what was chosen counts
+        "decode",  # only the choice counts
         "allow_hosts",
         "isolate",
         "isolate_memory",
         "isolate_seconds",
-        "bag_method",  # of slide-level models, to whose plan they are added
+        "bag_method",  # for slide-level models, to whose plan they are added
         "bag_baseline",
         "feature_precision",
-        # Of given features the places count, slide by slide, and what the vectors are.
+        # What counts for given features, slide by slide, are the places and the vectors.
         "features",
         "feature_patch_um",
         "feature_unit",
@@ -265,7 +266,7 @@ class Settings(BaseModel):
     allow_hosts: Annotated[
         tuple[str, ...],
         Field(
-            exclude=True,  # a permission, which no file of results gives
+            exclude=True,  # a permission, which no file of results can give
             description="contact only these hosts and buckets for slides: '*.example.org', 's3://bucket' (default: "
             "all but cloud metadata services); your credentials are used for buckets of a list only if "
             "they are named here",
@@ -321,7 +322,7 @@ class Settings(BaseModel):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods by which patches are explained down to pixels; () where none does."""
+        """The methods by which patches are explained down to pixels; () if there is none."""
         return () if self.method == (NO_METHOD,) else self.method
 
     def stride(self, patch_px: tuple[int, int]) -> tuple[int, int]:
@@ -337,14 +338,14 @@ class Settings(BaseModel):
 
     @property
     def readers(self) -> int:
-        """The number of threads that read patches, in this process or one like it."""
+        """The number of threads that read patches, in this process or a similar one."""
         if self.reader_threads is not None:
             return self.reader_threads
         return FEWEST_READERS if self.device == "cpu" else min(MOST_READERS, max(FEWEST_READERS, cores() - 1))
 
     @property
     def isolation(self) -> Limits | None:
-        """The limits of the processes that read slides; None where slides are read as elsewhere in this process."""
+        """The limits of the processes that read slides; None if slides are read in the process's usual way."""
         return Limits(self.isolate_memory, self.isolate_seconds) if self.isolate else None
 
     def identity(self) -> dict[str, Any]:
@@ -362,7 +363,7 @@ def make_settings(**values: Any) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        from wsi_gradcam.models.spec import explain_validation  # takes time to import; flags are to be made at once
+        from wsi_gradcam.models.spec import explain_validation  # takes time to import; flags must be available at once
 
         raise ConfigError(explain_validation(error, Settings.model_fields)) from error
 

@@ -50,11 +50,11 @@ def plan_slide(context: Context[OverwritingWorkload], entry: SlideEntry) -> Plan
 
     Raises:
         ResumeError: the folder holds results of another file, model or configuration.
-        StoreError: it cannot be made.
+        StoreError: the folder cannot be created.
     """
     context.check_out()
     folder, run = context.folder(entry), context.run
-    # not what this command has done
+    # not something that this command has done
     overwrite = context.workload.overwrite and entry.path not in CRASHES.finished_before
     if folder.place.is_file():  # OUT is the archive itself
         raise StoreError(f"{folder.place}: there is a file where the slide's results belong; choose another --out")
@@ -123,10 +123,10 @@ def _encoded(folder: SlideFolder, run: RunPlan) -> SlidePlan | None:
 def _kept_features(
     folder: SlideFolder, before: SlidePlan, plan: SlidePlan, patches: Patches
 ) -> dict[str, dict[str, Any]]:
-    """Return the records of spans whose features are there already.
+    """Return the records of spans whose features already exist.
 
     Raises:
-        ResumeError: they are of other patches, or of another file.
+        ResumeError: they belong to other patches, or to another file.
     """
     changed = {name for name, value in before.to_json().items() if value != plan.to_json().get(name)}
     same = np.array_equal(PatchStore(folder.cams, read_only=True).yx(), patches.yx)
@@ -150,7 +150,7 @@ def _stored(
         problem = _mismatch(plan, slide, run, regions, given)
         if not problem:
             return _left_to_do(plan, manifest, run), ""
-    except (StoreError, TypeError) as error:  # this slide's matter, not the whole run's
+    except (StoreError, TypeError) as error:  # this slide's problem, not the whole run's
         return None, f"{folder.manifest}: damaged ({one_line(error)}); delete it or recompute with --overwrite"
     return None, f"{folder.place}: {problem}; choose another --out, or recompute with --overwrite"
 
@@ -202,8 +202,8 @@ def _left_to_do(plan: SlidePlan, manifest: Manifest, run: RunPlan) -> Planned:
 def explain_span(context: Context[Workload], entry: SlideEntry, span: int, upcoming: int | None = None) -> Processed:
     """Run the model over a span and store logits and CAMs.
 
-    Where the number of the slide's `upcoming` span is known, its first patches are read meanwhile. A cluster may ask
-    for a span that is finished, when the worker that did it dies before it can answer.
+    If the number of the slide's `upcoming` span is known, its first patches are read meanwhile. A cluster may ask for a
+    span that is already finished, if the worker that did it died before it could answer.
     """
     plan, folder = context.plan(entry), context.folder(entry)
     start, stop = plan.spans[span]
@@ -260,9 +260,9 @@ class Clock:
 def _explain(
     context: Context[Workload], entry: SlideEntry, start: int, yx: NDArray[np.int64], batches: Iterable[Batch]
 ) -> tuple[SpanData, dict[int, str], list[float]]:
-    """Return the results of patches, why some could not be read, and of a slide-level model the cosines of features.
+    """Return the results of patches, why some could not be read and, for a slide-level model, the cosines of features.
 
-    These are of the stored features and those that the encoder makes now.
+    The cosines compare the stored features with those that the encoder computes now.
     """
     run, count, model = context.run, len(yx), context.model()
     logits = np.zeros((count, len(run.facts.classes)), np.float32)
@@ -275,7 +275,7 @@ def _explain(
     begun: deque[tuple[slice, Callable[[], tuple[NDArray[np.float32], NDArray[np.float32]]]]] = deque()
 
     def store(most: int) -> None:
-        """Store results until those of no more than `most` batches are waited for."""
+        """Store results until those of no more than `most` batches are outstanding."""
         while len(begun) > most:
             part, found = begun.popleft()
             answers, cams[part] = found()
@@ -310,7 +310,7 @@ def _explain(
 
 
 def _cosines(one: NDArray[np.float32], other: NDArray[np.floating[Any]]) -> list[float]:
-    """Return the cosine of the angle between each two vectors [n, D]; 0 where one has no length."""
+    """Return the cosine of the angle between each pair of vectors [n, D]; 0 if one has no length."""
     a, b = one.astype(np.float64), other.astype(np.float64)
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     found: list[float] = np.divide((a * b).sum(axis=1), lengths, out=np.zeros(len(a)), where=lengths > 0).tolist()

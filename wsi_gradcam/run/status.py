@@ -1,4 +1,4 @@
-"""`status.json`: the progress of a run, and what can be seen of a run from the files in OUT alone."""
+"""`status.json`: the progress of a run, and what the files in OUT alone show about a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.types import Workload
 
 STATUS, REPORT = "status.json", "run.html"
-PATIENCE_S = 3 * HEARTBEAT_S  # a sign of life is waited for so long where the run's process cannot be looked up
+PATIENCE_S = 3 * HEARTBEAT_S  # how long to wait for a sign of life if the run's process cannot be looked up
 POLL_S = 0.25
 WATCHED_S = 2.0
 WORKERS_NAMED = 16  # in the text
@@ -53,12 +53,10 @@ class RunFacts:
         run: its id.
         begun: when it began, UTC.
         command: the command line, URLs without secrets.
-        engine: what runs the network, and its precision.
-        settings: of the run, as plain values.
-        dashboard: address of a page that shows the work; "" where there is none.
+        engine: what runs the network, and its precision. settings: the run's settings, as plain values. dashboard:
+        address of a page that shows the work; "" if there is none.
         work: explain, audit or evidence.
-        notes: on the model: what was done to explain it.
-        remarks: on what the search for slides left out.
+        notes: what was done to explain the model. remarks: what the search for slides left out.
     """
 
     run: str
@@ -79,7 +77,7 @@ class RunFacts:
 
 @dataclass(frozen=True)
 class SlideCounts:
-    """Slides in all, those that have ended, and those of them that had ended before; and the ended by their status."""
+    """Numbers of slides: in all, ended, ended before this run, and ended by status."""
 
     total: int
     done: int
@@ -87,7 +85,7 @@ class SlideCounts:
     by_status: dict[str, int]
 
     def to_json(self) -> dict[str, int]:
-        """Return the counts, those by status among the others."""
+        """Return the counts, with those by status among the others."""
         return {"total": self.total, "done": self.done, "skipped": self.skipped, **self.by_status}
 
     @classmethod
@@ -99,10 +97,10 @@ class SlideCounts:
 
 @dataclass(frozen=True)
 class PatchCounts:
-    """Patches that are done, those of the slides planned so far, and those expected in all.
+    """Numbers of patches: done, in the slides planned so far, and expected in all.
 
     Attributes:
-        encoded: those that features were made of before, of slide-level models.
+        encoded: those whose features were computed first, for slide-level models.
     """
 
     done: int
@@ -125,10 +123,9 @@ class WorkerStatus:
 
     Attributes:
         tasks, patches, seconds: sums of the tasks done.
-        waited_s, model_s, read_s: seconds that the model waited for pixels, worked, and that threads read slides.
-        patches_per_s: in the mean.
-        model, waiting, reading: the same times as shares of the time since then, 0 to 1.
-        at_once: the most patches of a forward pass, where its memory did not hold a batch; 0 where it did.
+        waited_s, model_s, read_s: seconds that the model waited for pixels and worked, and that threads read slides.
+        patches_per_s: the mean rate. model, waiting, reading: the same times as shares of the time since then, 0 to 1.
+        at_once: the most patches in a forward pass, if memory did not hold a batch; 0 if it did.
     """
 
     since_s: float
@@ -147,7 +144,7 @@ class WorkerStatus:
 
 @dataclass(frozen=True)
 class ThroughputStatus:
-    """Patches done in each of some spans of time, `width_s` seconds long."""
+    """Patches done in consecutive spans of time, `width_s` seconds long."""
 
     width_s: float
     patches: list[int]
@@ -155,7 +152,7 @@ class ThroughputStatus:
 
 @dataclass(frozen=True)
 class FailureCause:
-    """A reason for which slides failed: how many, and some of them."""
+    """A reason why slides failed: how many, and some of them."""
 
     cause: str
     count: int
@@ -177,8 +174,8 @@ class RunNumbers:
 
     Attributes:
         patches_per_s: over the last minutes.
-        left_s: seconds that the rest will take; None where that is not known yet.
-        retries: attempts at tasks that failed and were made again.
+        left_s: seconds that the rest will take; None if that is not known yet. retries: failed attempts at tasks that
+        were repeated.
     """
 
     elapsed_s: float
@@ -220,7 +217,7 @@ class RunStatus:
     """The content of status.json: the run, its state, when that was written (UTC), and the progress.
 
     Attributes:
-        cause: why it was stopped; "" where it was not.
+        cause: why it was stopped; "" if it was not.
     """
 
     facts: RunFacts
@@ -271,7 +268,7 @@ def now() -> str:
 
 
 def command_line(argv: Sequence[str]) -> str:
-    """Return the command as it was given, URLs without secrets; of programs other than ours the name alone.
+    """Return the command as it was given, with URLs without secrets; for programs other than ours, only the name.
 
     >>> command_line(["/usr/bin/wsi-gradcam", "explain", "https://me:pw@host/a b.svs?key=1", "--out=s3://x/y"])
     "wsi-gradcam explain 'https://host/a b.svs' --out=s3://x/y"
@@ -299,7 +296,7 @@ def write_status(out: StoragePath, status: RunStatus) -> None:
 
 
 def read_status(out: StoragePath) -> RunStatus | None:
-    """Return what the last run on OUT wrote; None where there is nothing, or nothing of ours."""
+    """Return what the last run on OUT wrote; None if there is nothing, or nothing of ours."""
     try:
         return RunStatus.from_json(read_json((out / STATUS).read(SMALL_BYTES)))
     except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
@@ -308,15 +305,13 @@ def read_status(out: StoragePath) -> RunStatus | None:
 
 @dataclass(frozen=True)
 class ObservedRun:
-    """A run as it is seen from outside.
+    """A run as seen from outside.
 
     Attributes:
         out: the folder that it works on.
-        state: as seen now: a run that does not say that it has ended, and lives no more, was killed.
-        status: what it wrote last; None where it has not written yet.
-        holder: who holds the claim; None where nobody does.
-        report: where its report is; "" where there is none.
-        audit: the audit of the run, where there is one.
+        state: as seen now: a run that does not say that it has ended, but is no longer alive, was killed. status: what
+        it wrote last; None if it has not written yet. holder: who holds the claim; None if nobody does. report: where
+        its report is; "" if there is none. audit: the audit of the run, if there is one.
     """
 
     out: str
@@ -328,19 +323,19 @@ class ObservedRun:
 
     @property
     def is_active(self) -> bool:
-        """True while the run, or its audit, is at work."""
+        """Whether the run, or its audit, is active."""
         active = self.state in (RunState.STARTING, RunState.RUNNING)
         return active or (self.audit is not None and self.audit.is_active)
 
     @property
     def is_well(self) -> bool:
-        """True where nothing has gone wrong up to now, neither in the run nor in its audit."""
+        """Whether nothing has gone wrong so far, neither in the run nor in its audit."""
         failed = self.status is not None and bool(self.status.numbers.failures)
         ended_badly = self.state in (RunState.STOPPED, RunState.KILLED)
         return not (failed or ended_badly) and (self.audit is None or self.audit.is_well)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the state as plain values; an audit's beside the run's as `audit`."""
+        """Return the state as plain values; an audit's is under `audit`."""
         process = None if self.holder is None else {"host": self.holder.process.host, "pid": self.holder.process.pid}
         status = {} if self.status is None else self.status.to_json()
         audit = {} if self.audit is None else {"audit": self.audit.to_json()}
@@ -348,10 +343,10 @@ class ObservedRun:
 
 
 def observe(out: str | PathLike[str], watch: bool = False) -> Iterator[ObservedRun]:
-    """Yield the state of the run on OUT and of its audit; with `watch` again and again until both have ended.
+    """Yield the state of the run on OUT and of its audit; with `watch`, again and again until both have ended.
 
     Raises:
-        ConfigError: there is neither.
+        ConfigError: there is neither a run nor an audit.
         StoreError: OUT cannot be read.
     """
     place = storage_path(out)
@@ -377,7 +372,7 @@ def _observed(out: StoragePath, audit: StoragePath) -> ObservedRun:
 
 
 def _state(out: StoragePath) -> ObservedRun | None:
-    """Return the state of the run on OUT itself; None where there is none."""
+    """Return the state of the run on OUT itself; None if there is none."""
     found = _claimed(out)
     holder = None if found is None else found[1]
     alive = found is not None and _is_alive(*found)
@@ -393,8 +388,8 @@ def _state(out: StoragePath) -> ObservedRun | None:
 
 
 def _claimed(out: StoragePath) -> tuple[StoragePath, Holder] | None:
-    """Return the holder of the claim on OUT itself, and where it lies: that of an audit lies above OUT/audit."""
-    own = read_holder(out)  # of an audit too, if an older version wrote it
+    """Return the holder of the claim on OUT itself, and the claim's place: an audit's is above OUT/audit."""
+    own = read_holder(out)  # an audit's too, if an older version wrote it
     if own is not None and own.work not in (AUDIT, EVIDENCE):
         return out, own
     above = read_holder(out.parent) if out.name in (AUDIT, EVIDENCE) else None
@@ -402,7 +397,7 @@ def _claimed(out: StoragePath) -> tuple[StoragePath, Holder] | None:
 
 
 def _is_alive(out: StoragePath, holder: Holder) -> bool:
-    """Return whether the run is at work: by its process where that can be looked up, else by a change of its claim."""
+    """Return whether the run is active: by its process if that can be looked up, else by a change of its claim."""
     alive = holder.process.alive()
     if alive is not None:
         return alive
@@ -416,7 +411,7 @@ def _is_alive(out: StoragePath, holder: Holder) -> bool:
 
 
 def shown(seen: ObservedRun) -> str:
-    """Return the state as lines of text, first the run's, then its audit's."""
+    """Return the state as lines of text, the run's first, then its audit's."""
     return "\n".join(map(printable, [*_lines(seen), *([] if seen.audit is None else _lines(seen.audit))]))
 
 

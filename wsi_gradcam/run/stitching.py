@@ -1,4 +1,4 @@
-"""The stages that make a slide's results of its patch store: blend a block, coarsen a level, finish the slide."""
+"""The stages that turn a slide's patch store into its results: blend a block, coarsen a level, finish the slide."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def stitch_block(context: Context[Workload], entry: SlideEntry, number: int) -> 
 def _blended_boxes(
     context: Context[Workload], entry: SlideEntry, channel: int, block: Region, boxes: NDArray[np.float64]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Return a block of a channel that has one number a patch, of patches as large as the features' are."""
+    """Return a block of a channel with one number per patch, for patches of the features' size."""
     plan = context.plan(entry)
     inside = touching(boxes[:, :2], boxes[:, 2:], plan.stride, block)
     readable = inside[_status(context.patch_store(entry), inside, plan.span) == OK]
@@ -109,13 +109,13 @@ def _blended_boxes(
 
 
 def coarsen_block(context: Context[Workload], entry: SlideEntry, level: int, number: int) -> None:
-    """Make one block of a coarser level from the finished level before it."""
+    """Compute one block of a coarser level from the finished level before it."""
     run, plan, folder = context.run, context.plan(entry), context.folder(entry)
     block = plan.blocks(level)[number]
     height, width = plan.level_shapes[level - 1]
     heatmap = context.heatmap(entry)
     source = Region(block.y * 2, block.x * 2, block.height * 2, block.width * 2).intersect(Region(0, 0, height, width))
-    bands = [  # the source of a whole block is four blocks large: it is read in bands of a chunk
+    bands = [  # the source of a whole block is four blocks in size: it is read in bands of a chunk
         Region(y, source.x, min(2 * CHUNK, source.bottom - y), source.width)
         for y in range(source.y, source.bottom, 2 * CHUNK)
     ]
@@ -133,12 +133,12 @@ def coarsen_block(context: Context[Workload], entry: SlideEntry, level: int, num
 
 
 def _seen(plan: SlidePlan, yx: NDArray[np.int64]) -> NDArray[Any]:
-    """Return the top left of the part of each patch that the network sees, level-0 px [n, 2]."""
+    """Return the top left corner of the part of each patch that the network sees, level-0 px [n, 2]."""
     return yx + np.array(plan.view[:2]) if any(plan.view[:2]) else yx
 
 
 def _status(store: PatchStore, indices: NDArray[np.int64], span: int) -> NDArray[np.uint8]:
-    """Return the status of patches, uint8 [n]; no more is read than the spans that they are in."""
+    """Return the status of patches, uint8 [n]; only the spans that contain them are read."""
     status = [store.status(first, first + span)[chosen - first] for first, chosen in _by_span(indices, span)]
     return np.concatenate(status) if status else np.zeros(0, np.uint8)
 
@@ -146,7 +146,7 @@ def _status(store: PatchStore, indices: NDArray[np.int64], span: int) -> NDArray
 def _channel_values(
     context: Context[Workload], entry: SlideEntry, channel: int, start: int, stop: int
 ) -> NDArray[np.float32]:
-    """Return the values of a heatmap channel for patches, float32 [n, h, w]: an explanation, or one number a patch."""
+    """Return the values of a heatmap channel for patches, float32 [n, h, w]: an explanation, or one number each."""
     run, store = context.run, context.patch_store(entry)
     if channel < len(run.maps):
         return store.cams(start, stop, channel) * np.float32(run.maps[channel].factor)
@@ -184,7 +184,7 @@ def _flags(
     covered: NDArray[np.bool_],
     unreadable: NDArray[Any],
 ) -> NDArray[np.uint8]:
-    """Return the coverage label of a block: tissue from the mask's nearest pixel, explained, unreadable."""
+    """Return the coverage label of a block: tissue (by the mask's nearest pixel), explained, unreadable."""
     mask = read_mask(folder.tissue)
     y = (np.arange(block.y, block.bottom) + 0.5) * plan.stride * mask.shape[0] / plan.slide_px[0]
     x = (np.arange(block.x, block.right) + 0.5) * plan.stride * mask.shape[1] / plan.slide_px[1]
@@ -204,19 +204,19 @@ def _complete_block(folder: SlideFolder, plan: SlidePlan, level: int, number: in
     Manifest(folder.manifest).complete("blocks", block_name(level, number), record)
 
 
-# Statistics for display come from the finest level of at most this many pixels: a million values place a 99.5 %
-# quantile well, and memory stays bounded.
+# Display statistics come from the finest level with at most this many pixels: a million values determine a 99.5%
+# quantile well, and memory stays limited.
 STATISTICS_PX = 1 << 20
 
 
 def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
     """Set the heatmap's display windows, write the slide's table and overview, and record it as done.
 
-    A cluster may ask twice, when the worker that did it dies before it can answer: the record stays as it is.
+    A cluster may ask twice, if the worker that did it died before it could answer: the record stays as it is.
 
     Raises:
-        ResumeError: some pieces are not this run's; they are forgotten, so that running again makes them again.
-        SlideFormatError: the slide's file was replaced meanwhile.
+        ResumeError: some pieces are not this run's; they are forgotten, so that running again recomputes them.
+    SlideFormatError: the slide's file was replaced meanwhile.
     """
     run, folder = context.run, context.folder(entry)
     manifest, store, heatmap = Manifest(folder.manifest), PatchStore(folder.cams), HeatmapStore(folder.heatmap)
@@ -260,11 +260,11 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
     return outcome
 
 
-AGREEMENT = 0.95  # of features; pictures that other programs have resized leave some 0.98
+AGREEMENT = 0.95  # cosine of features; pictures resized by other programs leave about 0.98
 
 
 def _agreement(entry: SlideEntry, spans: dict[str, Any]) -> list[str]:
-    """Return a note where given features are not those that the encoder makes of their patches, by their cosine."""
+    """Return a note if given features are not those that the encoder computes for their patches, by their cosine."""
     found = [record["agreement"] for record in spans.values() if record.get("agreement")]
     count = sum(each["patches"] for each in found)
     mean = sum(each["mean"] * each["patches"] for each in found) / count if count else 1.0
@@ -281,7 +281,7 @@ def _agreement(entry: SlideEntry, spans: dict[str, Any]) -> list[str]:
 def _refuse_foreign(
     manifest: Manifest, plan: SlidePlan, store: PatchStore, spans: dict[str, Any], blocks: dict[str, Any]
 ) -> None:
-    """Raise ResumeError where a process of another run, still busy when this one began, has written over its pieces."""
+    """Raise a ResumeError if a process of another run, still busy when this one began, has overwritten its pieces."""
     parts = dict(zip(map(span_name, range(len(plan.spans))), plan.spans, strict=True))
     found = zip(parts, store.digests(list(parts.values())), strict=True)
     records = ((name, spans.get(name, {}), digest) for name, digest in found)
@@ -302,7 +302,7 @@ def _most_common(causes: dict[int, str]) -> str:
 
 
 def _windowed(heatmap: HeatmapStore, number: int, channel: Channel, floor: float) -> Channel:
-    """Return an explanation's channel with its value range, and a window from 0 to the 99.5 % quantile."""
+    """Return an explanation's channel with its value range, and a window from 0 to the 99.5% quantile."""
     unit = unit_of(channel.label)
     if unit == PROBABILITY:
         return channel

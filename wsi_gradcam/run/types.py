@@ -129,7 +129,7 @@ class Performed:
     """An attempt at a task.
 
     Attributes:
-        result: of the stage; None after an error.
+        result: the stage's result; None after an error.
         seconds: wall time.
         worker: the process, as `host:process id`.
         error: why it failed, on one line; "" if it did not.
@@ -172,7 +172,7 @@ class Workload(Protocol):
 
     @property
     def name(self) -> str:
-        """The command that it belongs to: explain or audit."""
+        """The command to which it belongs: explain or audit."""
 
     @property
     def patches(self) -> int | None:

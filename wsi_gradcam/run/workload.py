@@ -25,7 +25,7 @@ ENCODE = Stage("encode", encode_span, needs_model=True, reads_ahead=True)
 IMPORT = Stage("import", import_span)
 AGGREGATE = Stage("aggregate", aggregate_bag)
 EXPLAIN = Stage("explain", explain_span, needs_model=True, reads_ahead=True)
-ANSWER = Stage("patches", answer_span)  # instead of EXPLAIN, where no pixel is explained
+ANSWER = Stage("patches", answer_span)  # instead of EXPLAIN, if no pixel is explained
 STITCH = Stage("stitch", stitch_block)
 COARSEN = Stage("coarsen", coarsen_block)
 FINISH = Stage("finish", finish_slide)
@@ -53,7 +53,7 @@ class ExplainWorkload:
 
 @dataclass(frozen=True)
 class EncodeWorkload:
-    """Making the features of slides' patches; attributes as of `ExplainWorkload`."""
+    """Computing the features of slides' patches; attributes as for `ExplainWorkload`."""
 
     run: RunPlan
     overwrite: bool = False
@@ -114,7 +114,7 @@ def measuring_job(slide: SlideEntry, phases: list[list[Task]]) -> SlideJob:
 
 
 def perform_job(job: SlideJob, perform: Callable[[Task, Task | None], TaskResult]) -> SlideRecord:
-    """Run a job to its end, one task after the other; `perform` is given each task and the one after it."""
+    """Run a job to its end, one task after another; `perform` is given each task and the next one."""
     try:
         phases = next(job)
         while True:
