@@ -27,9 +27,10 @@ from distributed import Client, LocalCluster
 from tests import cli_runs
 from tests.cli_runs import Run, only_error
 from tests.runs import ROOT, toy_file
+from wsi_gradcam import doctor
 from wsi_gradcam.cam import auto as remembered
-from wsi_gradcam.doctor import FAIL, OK, WARN, Check, checks, environment, examine, worst
-from wsi_gradcam.doctor import environment as check
+from wsi_gradcam.doctor import FAIL, OK, WARN, Check, checks, worst
+from wsi_gradcam.doctor.checks import examine
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.patch_store import PatchStore
 from wsi_gradcam.slides import openslide_reader
@@ -49,7 +50,7 @@ def by_name(checks: Iterator[Check]) -> dict[str, Check]:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the checks of this process."""
-    monkeypatch.setattr("wsi_gradcam.doctor.check_machine", lambda: iter(()))
+    monkeypatch.setattr("wsi_gradcam.doctor.checks.check_machine", lambda: iter(()))
 
 
 # --- this process ----------------------------------------------------------------------------------------------------
@@ -95,11 +96,11 @@ def test_versions_are_compared_with_what_the_package_asks_for(
     assert (found.status, found.mend) == (status, mend)
 
 
-@pytest.mark.parametrize("name", environment.OPTIONAL)
+@pytest.mark.parametrize("name", doctor.OPTIONAL)
 def test_packages_of_extras_may_be_left_out(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "version_of", lambda name: None)
     (found,) = checks._package(name)
-    extra, needed_for = environment.OPTIONAL[name]
+    extra, needed_for = doctor.OPTIONAL[name]
     assert found.status == OK
     assert found.found == f"not installed; {needed_for}"
     assert found.mend == f"pip install 'wsi-gradcam[{extra}]', if you want it"
@@ -115,7 +116,7 @@ def test_an_old_python_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_package_that_is_checked_is_one_that_is_asked_for() -> None:
     asked = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
-    for name in (*environment.PACKAGES, *environment.OPTIONAL):
+    for name in (*doctor.PACKAGES, *doctor.OPTIONAL):
         assert f'"{name}>=' in asked
 
 
@@ -128,10 +129,10 @@ def test_threads_beyond_the_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_what_the_processor_can_do_is_read_from_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "cpuinfo").write_text("processor: 0\nflags\t: fpu amx_bf16 sse avx512_bf16\n", encoding="utf-8")
-    assert environment.low_precision(tmp_path / "cpuinfo") == ["avx512_bf16", "amx_bf16"]
+    assert doctor.low_precision(tmp_path / "cpuinfo") == ["avx512_bf16", "amx_bf16"]
     (tmp_path / "cpuinfo").write_text("Features: neon\n", encoding="utf-8")
-    assert environment.low_precision(tmp_path / "cpuinfo") == []
-    assert environment.low_precision(tmp_path / "none") == []
+    assert doctor.low_precision(tmp_path / "cpuinfo") == []
+    assert doctor.low_precision(tmp_path / "none") == []
     monkeypatch.delattr(os, "sched_getaffinity")
     assert processes.cores() == os.cpu_count()
 
@@ -176,7 +177,7 @@ def test_a_codec_that_is_missing_fails_and_the_others_pass(monkeypatch: pytest.M
 
     monkeypatch.setattr(tifffile.TIFF.DECOMPRESSORS, "_codecs", {})  # decoders found before are kept there
     monkeypatch.setattr(imagecodecs, "zstd_decode", missing)
-    found = {codec: worst(check.run_check(codec, checks._codec, codec)) for codec in checks.CODECS}
+    found = {codec: worst(doctor.run_check(codec, checks._codec, codec)) for codec in checks.CODECS}
     assert {codec: status for codec, status in found.items() if status != OK} == {"zstd": FAIL}
 
 
@@ -298,9 +299,9 @@ def test_little_space_is_told(
     assert (one.status, one.found) == (status, found)
 
 
-def worker(**changes: Any) -> environment.WorkerFacts:
+def worker(**changes: Any) -> doctor.WorkerFacts:
     """The environment of a worker that differs from this process in some values."""
-    return cast(environment.WorkerFacts, {**environment.facts(), "out": "", "model": "", **changes})
+    return cast(doctor.WorkerFacts, {**doctor.facts(), "out": "", "model": "", **changes})
 
 
 # --- the cluster -----------------------------------------------------------------------------------------------------
@@ -352,7 +353,7 @@ def test_workers_with_other_files_of_the_program_are_named(quick: None, tmp_path
     with dask_cluster(n_workers=0) as address, foreign_worker(address, tmp_path, PYTHONPATH=str(tmp_path)):
         found = by_name(examine(scheduler=address))["workers' versions"]
     assert found.status == FAIL
-    here, there = (environment.files_digest(at / "wsi_gradcam")[:12] for at in (ROOT, tmp_path))
+    here, there = (doctor.files_digest(at / "wsi_gradcam")[:12] for at in (ROOT, tmp_path))
     assert found.found.endswith(f": files of wsi_gradcam {there} (here {here})")
     assert "constraints.txt" in found.mend
 
@@ -428,11 +429,11 @@ def test_a_dead_scheduler_fails_in_time(address: str, run: Run, quick: None, mon
 
 
 def test_a_folder_of_the_same_name_elsewhere_is_not_shared(tmp_path: Path) -> None:
-    assert "No such file" in environment.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
+    assert "No such file" in doctor.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
     (tmp_path / "probe").write_text("other", encoding="utf-8")
     assert (
         "does not contain what was written"
-        in environment.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
+        in doctor.inspect_worker(storage_path(tmp_path / "probe"), "token", None)["out"]
     )
     blind = checks._shared(storage_path(tmp_path), {"tcp://a": worker(out="No such file")}, 0)
     assert (blind.status, blind.found) == (FAIL, "tcp://a: No such file")
@@ -442,12 +443,12 @@ def test_a_folder_of_the_same_name_elsewhere_is_not_shared(tmp_path: Path) -> No
 
 
 def test_what_must_be_equal_between_processes() -> None:
-    here = environment.facts()
+    here = doctor.facts()
     torch_version = f"{(here['versions']['torch'] or '').partition('+')[0]}+cu999"
     other = worker(python=here["python"] + "1", host="elsewhere", versions={**here["versions"], "torch": torch_version})
-    assert environment.differences(here, other) == {}
+    assert doctor.differences(here, other) == {}
     other["versions"]["openvino"] = None
-    assert list(environment.differences(here, other)) == ["openvino"]
+    assert list(doctor.differences(here, other)) == ["openvino"]
     assert checks._versions({"tcp://a": other}).status == WARN
     other["python"] = "3.99.1"
     assert checks._versions({"tcp://a": other}).status == FAIL
@@ -463,4 +464,4 @@ def test_checks_are_ranked() -> None:
     assert worst([ok, fail, warn]) == FAIL
     assert worst([warn, ok]) == WARN
     assert worst([]) == OK
-    assert check.format_check(Check("a", FAIL, "found", "mend")) == "fail  a: found -> mend"
+    assert doctor.format_check(Check("a", FAIL, "found", "mend")) == "fail  a: found -> mend"

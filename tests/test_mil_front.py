@@ -17,7 +17,8 @@ from tests.synthetic import MarkerSlide
 from tests.test_mil_runs import BAG, CLASSES, FEATURES, model, out, slide
 from tests.viewer_runs import client
 from wsi_gradcam.api import explain, validate
-from wsi_gradcam.doctor import FAIL, OK, examine
+from wsi_gradcam.doctor import FAIL, OK
+from wsi_gradcam.doctor.checks import examine
 from wsi_gradcam.errors import ResultError
 from wsi_gradcam.export import OF_FEATURES, OF_HEATMAPS, export
 from wsi_gradcam.io.paths import storage_path

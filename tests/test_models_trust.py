@@ -24,7 +24,7 @@ from wsi_gradcam.api import explain, preview
 from wsi_gradcam.audit.images import audit_images
 from wsi_gradcam.audit.running import audit_run
 from wsi_gradcam.cam.targets import function_digest
-from wsi_gradcam.doctor import examine
+from wsi_gradcam.doctor.checks import examine
 from wsi_gradcam.errors import ModelError, TargetError
 from wsi_gradcam.gradcam import GradCAM
 from wsi_gradcam.models.load import load_model, model_of

@@ -352,7 +352,8 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
-    from wsi_gradcam.doctor import FAIL, examine, format_check, worst
+    from wsi_gradcam.doctor import FAIL, format_check, worst
+    from wsi_gradcam.doctor.checks import examine
 
     checks = []
     for check in examine(arguments.out, arguments.scheduler, arguments.model, trust_code=arguments.trust_code):

@@ -1,77 +1,240 @@
 """Checks before a run: of this machine, of the folder of the results, and of a cluster's workers.
 
-`checks` has those of this process and those of workers; they return `Check`s, which the command line prints. The
-room may try whatever a run will need (readers, stores, models, workers), and leaves everything as it was.
+Here are the checks' results, and the environment of a process: versions, the program's own files, devices. `checks` has
+the checks of this process and those of workers; they return `Check`s, which the command line prints. The room may try
+whatever a run will need (readers, stores, models, workers), and leaves everything as it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+import hashlib
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, metadata, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
 
-from wsi_gradcam.doctor.checks import check_folder, check_machine, check_workers
-from wsi_gradcam.doctor.environment import (
-    FAIL,
-    OK,
-    WARN,
-    Check,
-    Status,
-    format_check,
-    loading_problem,
-    run_check,
-    worst,
-)
-from wsi_gradcam.io.paths import StoragePath, storage_path
+from wsi_gradcam.errors import one_line
 
 if TYPE_CHECKING:
-    from wsi_gradcam.doctor.environment import AnySpec
+    from packaging.specifiers import SpecifierSet
 
-__all__ = ["FAIL", "OK", "WARN", "Check", "Status", "examine", "format_check", "worst"]
+    from wsi_gradcam.io.paths import StoragePath
+    from wsi_gradcam.mil.spec import SlideModelSpec
+    from wsi_gradcam.models.spec import ModelSpec
+
+    AnySpec = ModelSpec | SlideModelSpec
+
+PROGRAM = "wsi-gradcam"
+# Packages that values and messages between processes depend on.
+PACKAGES = ("torch", "numpy", "openslide-python", "openslide-bin", "tifffile", "imagecodecs", "zarr")
+# And those of extras: the extra, and what cannot be done without it.
+OPTIONAL = {
+    "dask": ("cluster", "--workers, --scheduler and --device cuda need it"),
+    "distributed": ("cluster", "--workers, --scheduler and --device cuda need it"),
+    "timm": ("timm", "models of timm need it"),
+    "torchvision": ("timm", "models of torchvision need it"),
+    "transformers": ("hf", "Hugging Face folders of transformers need it"),
+    "h5py": ("features", "features in HDF5 need it"),
+    "obstore": ("remote", "s3:// and https:// need it"),
+    "uvicorn": ("viewer", "wsi-gradcam view needs it"),
+    "xarray": ("xarray", "heatmaps in Python need it"),
+    "openvino": ("engines", "it makes networks faster on CPUs"),
+    "numba": ("fast", "it makes slides faster to read"),
+    "scikit-learn": ("evidence", "wsi-gradcam evidence needs it"),
+}
+LOW_PRECISION = ("avx512_bf16", "amx_bf16", "amx_fp16")  # flags of processors
 
 
-def examine(
-    out: str | None = None, scheduler: str | None = None, model: str | None = None, *, trust_code: bool = False
-) -> Iterator[Check]:
-    """Return an iterator over the checks, each made when it is reached; an exception is a check that failed.
+class Status(StrEnum):
+    """The result of a check, the worst last."""
 
-    Args:
-        out: folder of the results, also tried from the workers; it need not exist, and is left as it was.
-        scheduler: address of a Dask scheduler, whose workers are checked.
-        model: a model as for `explain`, which is loaded here, and on each worker.
-        trust_code: allow the code in the model to run.
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
 
-    Raises:
-        ConfigError: `out` is neither a folder nor s3://BUCKET/KEY.
-        ModelError: no such model, or one whose loading runs code that is not allowed.
+
+OK, WARN, FAIL = Status
+
+
+@dataclass(frozen=True)
+class Check:
+    """The name of a check, its status, what was found, and how to mend it."""
+
+    name: str
+    status: Status
+    found: str
+    mend: str = ""
+
+
+def run_check(name: str, check: Callable[..., Iterable[Check]], *arguments: Any) -> Iterator[Check]:
+    """Yield the checks of `check(*arguments)`; an exception becomes a check that failed."""
+    try:
+        yield from check(*arguments)
+    except Exception as error:  # a broken installation raises anything; the other checks go on
+        yield Check(name, FAIL, one_line(error), "the message says what is missing or broken")
+
+
+def format_check(check: Check) -> str:
+    """Return a check on one line, with its mend behind it."""
+    return f"{check.status:>4}  {check.name}: {check.found}{f' -> {check.mend}' if check.mend else ''}"
+
+
+def worst(checks: Iterable[Check]) -> Status:
+    """Return the worst status of all checks."""
+    return max((check.status for check in checks), key=list(Status).index, default=OK)
+
+
+class Facts(TypedDict):
+    """The environment of a process, in plain values that processes with other versions of the program can send.
+
+    `files` is the sha256 of the program's modules; `versions` has None for packages that are not installed; `devices`
+    are the GPUs that torch can use.
     """
-    folder = None if out is None else storage_path(out)
-    spec = None if model is None else _spec(model, trust_code)
-    return _examine(folder, scheduler, spec)
+
+    host: str
+    python: str
+    pid: int
+    files: str
+    versions: dict[str, str | None]
+    devices: list[str]
 
 
-def _examine(out: StoragePath | None, scheduler: str | None, spec: AnySpec | None) -> Iterator[Check]:
-    yield from check_machine()
-    if spec is not None:
-        problem = loading_problem(spec)
-        page = "docs/slide_level.md" if hasattr(spec, "aggregator") else "docs/models.md"
-        good, bad = Check("model", OK, f"{spec.name} loads"), Check("model", FAIL, problem, f"see {page}")
-        yield bad if problem else good
-    if out is not None:
-        yield from run_check("OUT", check_folder, out)
-    if scheduler is not None:
-        yield from run_check("scheduler", check_workers, scheduler, out, spec)
+class WorkerFacts(Facts):
+    """The environment of a worker, and its problems with OUT and the model; "" for none."""
+
+    out: str
+    model: str
 
 
-def _spec(model: str, trust_code: bool) -> AnySpec:
-    from wsi_gradcam.mil.spec import is_slide_model, read_slide_model
-    from wsi_gradcam.models.spec import read_spec
+def facts() -> Facts:
+    """Return the environment of this process."""
+    return {
+        "host": platform.node(),
+        "python": platform.python_version(),
+        "pid": os.getpid(),
+        "files": files_digest(Path(__file__).parents[1]),
+        "versions": {name: version_of(name) for name in (PROGRAM, *PACKAGES, *OPTIONAL)},
+        "devices": [name for name, _, _ in gpus()[0]],
+    }
 
-    if is_slide_model(model):
-        of_slides = read_slide_model(model).trusting(trust_code)
-        of_slides.check_trusted()
-        if of_slides.encoder is not None:
-            of_slides.encoder.check_trusted()
-        return of_slides.resolved()
-    spec = read_spec(model).trusting(trust_code)
-    spec.check_trusted()
-    return spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder
+
+def inspect_worker(probe: StoragePath | None, token: str, model: AnySpec | None) -> WorkerFacts:
+    """Return a worker's environment, its problem with the file `probe`, and its problem with the model.
+
+    Runs on the worker. The file must contain `token`; another one is written beside it, named after this process.
+    """
+    return {**facts(), "out": _exchange(probe, token) if probe else "", "model": loading_problem(model)}
+
+
+def loading_problem(model: AnySpec | None) -> str:
+    """Return the reason why a model does not load here; "" if it does, or there is none."""
+    if model is None:
+        return ""
+    try:
+        from wsi_gradcam.mil.aggregators import load_aggregator
+        from wsi_gradcam.models.load import load_model
+        from wsi_gradcam.models.spec import ModelSpec
+        from wsi_gradcam.run.examining import examine_model
+        from wsi_gradcam.run.settings import make_settings
+
+        if isinstance(model, ModelSpec):
+            load_model(model)
+        elif model.encoder is None:
+            load_aggregator(model)
+        else:  # both, and whether one takes what the other gives
+            examine_model(model, make_settings(engine="eager", precision="float32"), [])
+    except Exception as error:  # the model's own code may raise anything
+        return one_line(error)
+    return ""
+
+
+def files_digest(folder: Path) -> str:
+    """Return the sha256 of the names and contents of all modules below `folder`."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py"), key=lambda path: path.relative_to(folder).as_posix()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(folder).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def version_of(package: str) -> str | None:
+    """Return the installed version of a package; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def required_of(name: str) -> SpecifierSet:
+    """Return the versions of a package, or of Python, that this program requires."""
+    from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+
+    ours = metadata(PROGRAM)
+    if name == "python":
+        return SpecifierSet(ours["Requires-Python"], prereleases=True)
+    requirements = [Requirement(text) for text in ours.get_all("Requires-Dist") or []]
+    found = next((one.specifier for one in requirements if one.name.lower() == name), SpecifierSet())
+    found.prereleases = True
+    return found
+
+
+def differences(here: Facts, there: Facts) -> dict[str, tuple[str, str]]:
+    """Return the differences of two environments in what must be equal: values here and there, by name.
+
+    Only the first two numbers of Python's version count; builds of one version (2.6.0+cpu, 2.6.0+cu124) are equal.
+    """
+    sides = [
+        {
+            "python": facts["python"].rpartition(".")[0],
+            "files of wsi_gradcam": facts["files"][:12],
+            **{name: (found or "none").partition("+")[0] for name, found in facts["versions"].items()},
+        }
+        for facts in (here, there)
+    ]
+    return {name: (sides[0][name], other) for name, other in sides[1].items() if sides[0].get(name) != other}
+
+
+def gpus() -> tuple[list[tuple[str, int, bool]], str]:
+    """Return (name, bytes, support of bfloat16) of each GPU that torch can use, and torch's warnings about others.
+
+    Apple's GPU uses the machine's memory: its bytes are 0.
+    """
+    import torch
+
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        found = []
+        for number in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+            of = torch.cuda.get_device_properties(number)
+            with torch.cuda.device(number):
+                found.append((f"cuda:{number} {of.name}", of.total_memory, torch.cuda.is_bf16_supported()))
+        if torch.backends.mps.is_available():
+            found.append(("mps", 0, True))
+    return found, " ".join(" ".join(str(remark.message).split()) for remark in remarks)
+
+
+def low_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """Return the processor's instructions for bfloat16 and float16; none where the system does not list them."""
+    try:
+        text = cpuinfo.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
+    flags = next((line.split() for line in text.splitlines() if line.startswith("flags")), [])
+    return [name for name in LOW_PRECISION if name in flags]
+
+
+def _exchange(probe: StoragePath, token: str) -> str:
+    """Read what another process wrote, and write for it; return the problem, "" for none."""
+    try:
+        if probe.read() != token.encode():
+            return f"{probe} does not contain what was written: this path is a different folder there"
+        (probe.parent / f"{platform.node()}-{os.getpid()}").write(token.encode())
+    except OSError as error:
+        return one_line(error)
+    return ""

@@ -13,12 +13,11 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.metadata import metadata
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.doctor.environment import (
+from wsi_gradcam.doctor import (
     FAIL,
     OK,
     OPTIONAL,
@@ -32,21 +31,22 @@ from wsi_gradcam.doctor.environment import (
     facts,
     gpus,
     inspect_worker,
+    loading_problem,
     low_precision,
+    required_of,
     run_check,
     version_of,
 )
 from wsi_gradcam.errors import StoreError, WorkerError, from_extra, one_line
 from wsi_gradcam.io.local import LocalPath
-from wsi_gradcam.io.paths import StoragePath
+from wsi_gradcam.io.paths import StoragePath, storage_path
 from wsi_gradcam.system.processes import cores
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from packaging.specifiers import SpecifierSet
 
-    from wsi_gradcam.doctor.environment import AnySpec
+    from wsi_gradcam.doctor import AnySpec
 
 GIB = 1 << 30
 MIN_FREE = 10 * GIB
@@ -58,6 +58,54 @@ Workers = dict[str, WorkerFacts]
 MIN_MEMORY = 2 * GIB
 MAX_LISTED = 5  # workers with the same problem
 SAME = "install the same versions everywhere: pip install -c constraints.txt, or one image for all"
+
+
+def examine(
+    out: str | None = None, scheduler: str | None = None, model: str | None = None, *, trust_code: bool = False
+) -> Iterator[Check]:
+    """Return an iterator over the checks, each made when it is reached; an exception is a check that failed.
+
+    Args:
+        out: folder of the results, also tried from the workers; it need not exist, and is left as it was.
+        scheduler: address of a Dask scheduler, whose workers are checked.
+        model: a model as for `explain`, which is loaded here, and on each worker.
+        trust_code: allow the code in the model to run.
+
+    Raises:
+        ConfigError: `out` is neither a folder nor s3://BUCKET/KEY.
+        ModelError: no such model, or one whose loading runs code that is not allowed.
+    """
+    folder = None if out is None else storage_path(out)
+    spec = None if model is None else _spec(model, trust_code)
+    return _examine(folder, scheduler, spec)
+
+
+def _examine(out: StoragePath | None, scheduler: str | None, spec: AnySpec | None) -> Iterator[Check]:
+    yield from check_machine()
+    if spec is not None:
+        problem = loading_problem(spec)
+        page = "docs/slide_level.md" if hasattr(spec, "aggregator") else "docs/models.md"
+        good, bad = Check("model", OK, f"{spec.name} loads"), Check("model", FAIL, problem, f"see {page}")
+        yield bad if problem else good
+    if out is not None:
+        yield from run_check("OUT", check_folder, out)
+    if scheduler is not None:
+        yield from run_check("scheduler", check_workers, scheduler, out, spec)
+
+
+def _spec(model: str, trust_code: bool) -> AnySpec:
+    from wsi_gradcam.mil.spec import is_slide_model, read_slide_model
+    from wsi_gradcam.models.spec import read_spec
+
+    if is_slide_model(model):
+        of_slides = read_slide_model(model).trusting(trust_code)
+        of_slides.check_trusted()
+        if of_slides.encoder is not None:
+            of_slides.encoder.check_trusted()
+        return of_slides.resolved()
+    spec = read_spec(model).trusting(trust_code)
+    spec.check_trusted()
+    return spec.model_copy(update={"folder": spec.folder.absolute()})  # workers may run in another folder
 
 
 def check_machine() -> Iterator[Check]:
@@ -74,7 +122,7 @@ def check_machine() -> Iterator[Check]:
 
 
 def _python() -> Iterator[Check]:
-    required = _required("python")
+    required = required_of("python")
     fits = platform.python_version() in required
     mend = "" if fits else f"create an environment with Python {required}"
     yield Check(
@@ -86,7 +134,7 @@ def _python() -> Iterator[Check]:
 
 
 def _package(name: str) -> Iterator[Check]:
-    found, required = version_of(name), _required(name)
+    found, required = version_of(name), required_of(name)
     wanted = f"pip install '{name}{required}'"
     if found is None and name in OPTIONAL:
         extra, needed_for = OPTIONAL[name]
@@ -97,20 +145,6 @@ def _package(name: str) -> Iterator[Check]:
         yield Check(name, FAIL, f"{found}, expected {required}", wanted)
     else:
         yield Check(name, OK, found)
-
-
-def _required(name: str) -> SpecifierSet:
-    """Return the versions of a package, or of Python, that this program requires."""
-    from packaging.requirements import Requirement
-    from packaging.specifiers import SpecifierSet
-
-    ours = metadata(PROGRAM)
-    if name == "python":
-        return SpecifierSet(ours["Requires-Python"], prereleases=True)
-    requirements = [Requirement(text) for text in ours.get_all("Requires-Dist") or []]
-    found = next((one.specifier for one in requirements if one.name.lower() == name), SpecifierSet())
-    found.prereleases = True
-    return found
 
 
 def _cpu() -> Iterator[Check]:
