@@ -74,8 +74,11 @@ def test_a_dark_picture_in_16_bits_is_refused(form: str, reader: str, tmp_path: 
     """Unless it is of channels that were chosen, as those of fluorescence are dark."""
     values = np.random.default_rng(0).integers(0, 4096, (128, 192, 3), np.uint16)
     path = twelve_bits(tmp_path, form, None, values)
-    with pytest.raises(SlideContentError, match=r"a\..*: 16-bit samples that, .*; add SignificantBits to its OME-X"):
+    with pytest.raises(
+        SlideContentError, match=r"a\..*: 16-bit samples that, .*; add SignificantBits to its OME-X"
+    ) as caught:
         open_slide(path, 0.5, reader)
+    assert str(caught.value).count(str(path)) == 1
     (tmp_path / "full").mkdir()
     open_slide(twelve_bits(tmp_path / "full", form, None, values * np.uint16(5)), 0.5, reader).close()
 

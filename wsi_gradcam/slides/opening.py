@@ -154,20 +154,31 @@ def _open_plain(path: Path, mpp: Mpp, trust_objective: bool, channels: Channels 
 
 def _open_openslide(path: Path, mpp: Mpp, trust_objective: bool) -> Slide:
     """Return the slide, opened by OpenSlide, unless that would show it wrongly, or show what is not a picture."""
-    if detect_vendor(path) in PLAIN:
+    if detect_vendor(path) in PLAIN and _is_misread(path, mpp, trust_objective):
+        raise SlideContentError(f"{path}: OpenSlide shows it in the wrong colours; use --reader auto")
+    return OpenSlideSlide(path, mpp, trust_objective)
+
+
+def _is_misread(path: Path, mpp: Mpp, trust_objective: bool) -> bool:
+    """Return whether OpenSlide shows a plain TIFF in other colours than it has.
+
+    Raises:
+        SlideContentError: it would show what is not a picture.
+    """
+    try:
         try:
             with closing(LocalFile(path)) as file, open_tiff(file) as parsed:
                 first = tiff_levels(parsed)[0]
                 differs = first.is_joined or first.is_scaled or says_rgb(file, first)
-            if not first.full:
-                _open_local_tiff(path, mpp, trust_objective).close()
         except SlideContentError as error:
             raise SlideContentError(f"{path}: {error}") from error
-        except Exception:  # OpenSlide may not agree
-            differs = False
-        if differs:
-            raise SlideContentError(f"{path}: OpenSlide shows it in the wrong colours; use --reader auto")
-    return OpenSlideSlide(path, mpp, trust_objective)
+        if not first.full:
+            _open_local_tiff(path, mpp, trust_objective).close()
+    except SlideContentError:
+        raise
+    except Exception:  # OpenSlide may not agree
+        return False
+    return differs
 
 
 def _open_if_equal(file: LocalFile, mpp: Mpp, known: OpenSlideSlide, channels: Channels | None) -> TiffSlide:
