@@ -204,7 +204,7 @@ def test_the_command_line_takes_a_url(inputs: Path, expected: dict[str, bytes], 
     assert code == 2
     assert f"error: {s3_out}: holds results of another model" in error
     code, _, error = call("validate", f"{s3_out}/none")
-    assert (code, f"{s3_out}/none: no run.yaml there" in error) == (2, True)
+    assert (code, f"{s3_out}/none: does not exist or is empty" in error) == (2, True)
     code, _, error = call(*explaining[: -len(SMALL_FLAGS) - 1], "https://host/out")
     assert (code, "https://host/out: expected a folder, or s3://BUCKET/KEY" in error) == (2, True)
 

@@ -168,7 +168,8 @@ def test_where_no_run_has_been_nothing_is_invented(tmp_path: Path, run: Run, tex
     assert read_status(storage_path(tmp_path)) is None
     code, _, err = run("status", tmp_path)
     assert code == 2
-    assert only_error(err).startswith(f"{tmp_path}: no run with a status there")
+    said = "does not exist or is empty" if text is None else "has no run.yaml, so it is not a result"
+    assert only_error(err).startswith(f"{tmp_path}: {said}")
     assert read_holder(storage_path(tmp_path)) is None
 
 

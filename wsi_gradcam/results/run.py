@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import xarray as xr
 
 MAX_LISTED = 20  # slides in a notebook
+MAX_MEANT = 3  # results in a folder that is none
 RESULT_FOLDERS = frozenset({"cams.zarr", "heatmap.ome.zarr", "manifest"})  # in a slide's folder; not slides
 
 
@@ -151,14 +152,24 @@ def open_result(out: StoragePathLike, *, remote_slides: bool = False) -> Result:
     run = read_run(folder.run)
     if run is not None:
         return Result(folder, run, remote_slides)
-    if not folder.place.exists():
-        raise ResultError(
-            f"{folder.place}: does not exist or is empty, expected results of explain; check the path, or create them: "
-            f"wsi-gradcam explain SLIDES --model MODEL --out {folder.place}"
+    raise ResultError(no_result(folder.place))
+
+
+def no_result(place: StoragePath) -> str:
+    """Return what is said of a place that has no results: what may be meant, or how they are made."""
+    if not place.exists():
+        return (
+            f"{place}: does not exist or is empty, expected results of explain; check the path, or create them: "
+            f"wsi-gradcam explain SLIDES --model MODEL --out {place}"
         )
-    above = next((place for place, inside in _upwards(folder.place) if inside and RunFolder(place).run.is_file()), None)
-    mend = f"open {above} and choose the slide there" if above else "give the --out of an explain command"
-    raise ResultError(f"{folder.place}: has no run.yaml, so it is not a result; {mend}")
+    above = next((each for each, inside in _upwards(place) if inside and RunFolder(each).run.is_file()), None)
+    if above is not None:
+        mend = f"open {above} and choose the slide there"
+    elif below := [place / name for name in place.folder_names() if RunFolder(place / name).run.is_file()]:
+        mend = f"did you mean {' or '.join(map(str, below[:MAX_MEANT]))}?"
+    else:
+        mend = "give the --out of an explain command"
+    return f"{place}: has no run.yaml, so it is not a result; {mend}"
 
 
 def find_result(path: StoragePathLike) -> tuple[Result, SlideResult | None]:

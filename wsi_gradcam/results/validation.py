@@ -36,7 +36,7 @@ from wsi_gradcam.results.manifest import (
     unknown_files,
 )
 from wsi_gradcam.results.patch_store import OK, STATUS_NAMES, UNREADABLE, PatchStore, StoredTable
-from wsi_gradcam.results.run import planned_slides
+from wsi_gradcam.results.run import no_result, planned_slides
 from wsi_gradcam.results.run_files import (
     RunFolder,
     RunRecord,
@@ -128,10 +128,7 @@ def check(out: StoragePathLike, *, remote_slides: bool = False) -> Validation:
         found = [Finding("", problem) for problem in _told("the exports", export_problems(folder.place, notes))]
         return Validation(found, notes, [])
     if data is None:
-        raise ConfigError(
-            f"{folder.place}: no run.yaml there; expected a folder written by 'wsi-gradcam explain', or exports with "
-            f"{EXPORTS}"
-        )
+        raise ConfigError(no_result(folder.place))
     run = _Run(folder, data, remote_slides)
     old: list[str] = []
     for name, row in run.rows.items():

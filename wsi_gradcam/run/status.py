@@ -361,10 +361,9 @@ def observe(out: str | PathLike[str], watch: bool = False) -> Iterator[ObservedR
 def _observed(out: StoragePath, audit: StoragePath) -> ObservedRun:
     run, of_audit = _state(out), _state(audit)
     if run is None and of_audit is None:
-        raise ConfigError(
-            f"{out}: no run with a status there; expected the --out of 'wsi-gradcam explain', or results that are "
-            "audited"
-        )
+        from wsi_gradcam.results.run import no_result  # not above: it needs much that a status does not
+
+        raise ConfigError(no_result(out))
     if run is None:
         assert of_audit is not None
         return of_audit
