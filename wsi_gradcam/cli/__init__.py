@@ -16,7 +16,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -25,6 +25,7 @@ from wsi_gradcam.errors import did_you_mean, printable
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
+WRONG_USAGE = 2
 NOT_WRITTEN = 1  # exit status if, say, standard output is on a full disk
 MAX_HELP_COLUMNS = 100
 PIPE_CLOSED = 128 + getattr(signal, "SIGPIPE", 13)  # like that of a program ended by the signal
@@ -61,26 +62,72 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors quote arguments as visible text and suggest the command, flag or value meant."""
+    """A parser whose errors are one line: what was given, what may be meant, and a command that works.
+
+    Attributes:
+        example: that command.
+    """
+
+    example = ""
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and the error, and exit."""
-        near = did_you_mean(*self._mistaken(message))
-        super().error(printable(f"{message}; {near}" if near else message))
+        """Print the error on one line, and exit."""
+        words = self._unknown(message) or self._missing(message) or self._wrong_value(message) or message
+        self.exit(WRONG_USAGE, printable(f"error: {words}") + "\n")
 
-    def _mistaken(self, message: str) -> tuple[str, list[str]]:
-        """Return the word that argparse did not accept, and those that it would have accepted."""
-        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
-            return found[1], [choice.strip("'") for choice in found[2].split(", ")]
-        found = re.match(r"unrecognized arguments: .*?(--[^\s=]+)", message)
-        return (found[1] if found else ""), list(self._flags())
+    def _unknown(self, message: str) -> str:
+        """Return what is said of a command or flag that there is not; "" for any other mistake."""
+        if found := re.match(r"argument COMMAND: invalid choice: '(.*)' \(choose from (.*)\)$", message, re.DOTALL):
+            near = did_you_mean(found[1], _choices(found[2]))
+            return f"{found[1]}: no such command; {near or 'expected one of ' + ', '.join(_choices(found[2]))}"
+        if not (found := re.match(r"unrecognized arguments: (.*)", message, re.DOTALL)):
+            return ""
+        words, parser = found[1].split(" "), self._of_command()
+        flag = next((word for word in words if word.startswith("-")), "").partition("=")[0]
+        if not flag:
+            return f"{words[0]}: one argument too many; expected {parser.format_usage().partition(': ')[2].strip()}"
+        near = did_you_mean(flag, _flags_of(parser), cutoff=0.7)
+        return f"{flag}: no such flag; {near or f'see {parser.prog} --help'}"
 
-    def _flags(self) -> Iterator[str]:
-        """Yield the names of all flags, including those of subcommands."""
-        for action in self._actions:
-            yield from (name for name in action.option_strings if name.startswith("--"))
-            for parser in action.choices.values() if isinstance(action, argparse._SubParsersAction) else ():
-                yield from parser._flags()
+    def _missing(self, message: str) -> str:
+        """Return what is said of arguments or values that are missing, or too many; "" for any other mistake."""
+        if found := re.match(r"the following arguments are required: (.*)", message):
+            names = [name if name.startswith("-") else name.upper() for name in found[1].split(", ")]
+            are = "are" if len(names) > 1 else "is"
+            return f"{' and '.join(names)} {are} missing, as in: {self.example}"
+        if found := re.match(r"argument (\S+): expected (?:at least )?one argument", message):
+            shown = f", as in: {self.example}" if found[1] in self.example.split() else f"; see {self.prog} --help"
+            return f"{found[1]} needs a value{shown}"
+        found = re.match(r"argument (\S+): not allowed with argument (\S+)", message)
+        return f"{found[2]} and {found[1]} exclude each other; give one of them" if found else ""
+
+    def _wrong_value(self, message: str) -> str:
+        """Return what is said of a flag's value that cannot be; "" for any other mistake."""
+        if found := re.match(r"argument (\S+): invalid choice: '(.*)' \(choose from (.*)\)$", message, re.DOTALL):
+            near, choices = did_you_mean(found[2], _choices(found[3])), _choices(found[3])
+            return f"{found[1]} is '{found[2]}', expected one of {', '.join(choices)}{near and '; ' + near}"
+        found = re.match(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL)
+        return f"{found[1]} is {found[3]}, expected a {'whole ' * (found[2] == 'int')}number" if found else ""
+
+    def _of_command(self) -> argparse.ArgumentParser:
+        """Return the parser of the command whose flags were made; this one if that is not clear."""
+        made = [parser for parser in self._commands() if len(parser._actions) > 1]
+        return made[0] if len(made) == 1 else self
+
+    def _commands(self) -> list[argparse.ArgumentParser]:
+        """Return the parsers of the commands below."""
+        found = [action for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [parser for action in found for parser in action.choices.values()]
+
+
+def _choices(text: str) -> list[str]:
+    """Return the choices that a message of argparse lists, in quotes or without."""
+    return [choice.strip("'") for choice in text.split(", ")]
+
+
+def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
+    """Return the long names of a parser's flags."""
+    return [name for action in parser._actions for name in action.option_strings if name.startswith("--")]
 
 
 def examples_text(lines: Sequence[str]) -> str:

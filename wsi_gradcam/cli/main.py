@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from wsi_gradcam import __version__
 from wsi_gradcam.cli import (
+    WRONG_USAGE,
     HelpFormatter,
     Parser,
     PrintableFormatter,
@@ -33,7 +34,7 @@ from wsi_gradcam.system.isolation import STOP, supervise
 if TYPE_CHECKING:
     from wsi_gradcam.cli.terminal import Quiet
 
-DONE, SOME_FAILED, WRONG_USAGE = 0, 1, 2
+DONE, SOME_FAILED = 0, 1
 EXAMPLES = (
     "wsi-gradcam demo",
     "wsi-gradcam explain slides/ --model oral-tumour --target tumour --out results/",
@@ -121,6 +122,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         epilog=examples_text(EXAMPLES),
         formatter_class=HelpFormatter,
     )
+    parser.example = "wsi-gradcam demo; all commands: wsi-gradcam --help"
     parser.add_argument("--version", action="version", version=f"wsi-gradcam {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     for name, command in COMMANDS.items():
@@ -132,6 +134,7 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             epilog=examples_text(command.examples),
             formatter_class=HelpFormatter,
         )
+        subparser.example = command.examples[0]
         if name in argv:
             command.add_arguments(subparser)
     return parser
