@@ -12,9 +12,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from tests.runs import SMALL, toy_file, toy_spec
-from tests.synthetic import write_marker_slide
+from tests.feature_formats import MPP, trident
+from tests.runs import SMALL, rows_of, toy_file, toy_spec
+from tests.synthetic import write_gigapixel_slide, write_marker_slide
+from tests.test_mil_given_features import ON_FEATURES, frame_of, write_aggregator
+from tests.test_mil_runs import BAG, CLASSES, write_model
 from wsi_gradcam import audit_run, card, explain, write_card
+from wsi_gradcam.card import performance
 from wsi_gradcam.errors import ModelError, ResultError, StoreError
 from wsi_gradcam.results.run import open_result
 
@@ -50,8 +54,8 @@ def cells(text: str) -> list[list[str]]:
 def test_the_card_says_how_well_labels_are_told(made: Path, tmp_path: Path) -> None:
     text, page = (path.read_text(encoding="utf-8") for path in write_card(made / "marker.yaml", made / "out", tmp_path))
     rows = {tuple(row[:2]): row[2:] for row in cells(text)}
-    found = card.roc(np.array([0.0] * 7 + [0.5] * 7), np.array([False] * 7 + [True] * 7))
-    assert rows["share of the patches given to it", "all"] == ["7 / 7", "1.000", card.interval_text(found)]
+    found = performance.roc(np.array([0.0] * 7 + [0.5] * 7), np.array([False] * 7 + [True] * 7))
+    assert rows["share of the patches given to it", "all"] == ["7 / 7", "1.000", performance.interval_text(found)]
     assert rows["share of the patches given to it", "Aarhus"] == ["3 / 4", "1.000", "–"]
     assert "### marker against the rest" in text
     assert "### other against the rest" not in text
@@ -75,14 +79,14 @@ def test_the_audits_records_are_the_cards_words(made: Path, tmp_path: Path) -> N
     assert metrics is not None
     assert metrics.verdicts
     for verdict in metrics.verdicts:
-        heading = card.HEADINGS[verdict.outcome]
+        heading = card.HEADINGS[verdict.outcome].format("patches")
         assert card._escaped(verdict.words) in text.partition(f"### {heading}\n")[2].partition("\n#")[0]
-    assert f"Patches: {metrics.sample.patches}, from slides: {metrics.sample.slides};" in text
+    assert f"The audit examined {metrics.sample.patches} patches of {metrics.sample.slides} slide" in text
 
 
-def facts(made: Path) -> Any:
+def facts(made: Path, name: str = "marker") -> Any:
     """What is known of the run's model once it is loaded."""
-    return card._same_model(str(made / "marker.yaml"), open_result(made / "out"), trust_code=True)
+    return card._same_model(str(made / f"{name}.yaml"), open_result(made / "out"), trust_code=True)
 
 
 def test_another_model_gets_no_card_of_this_run(made: Path, tmp_path: Path) -> None:
@@ -134,11 +138,11 @@ def test_curve_and_area_are_those_of_scikit_learn() -> None:
     random = np.random.default_rng(0)
     truth = random.random(60) < 0.4
     scores = np.round(truth + random.normal(0, 0.8, 60), 1)  # with ties
-    found = card.roc(scores, truth)
+    found = performance.roc(scores, truth)
     assert found.auroc == pytest.approx(roc_auc_score(truth, scores))
     false, true, _ = roc_curve(truth, scores, drop_intermediate=False)
     assert np.allclose(found.curve, np.stack([false, true], axis=1))
-    assert card.roc([*scores, np.nan], [*truth, True]) == found
+    assert performance.roc([*scores, np.nan], [*truth, True]) == found
 
 
 def test_the_interval_holds_the_true_area_as_often_as_it_says() -> None:
@@ -146,25 +150,25 @@ def test_the_interval_holds_the_true_area_as_often_as_it_says() -> None:
     random, hits, draws = np.random.default_rng(1), 0, 400
     for _ in range(draws):
         scores = np.concatenate([random.normal(1.5, 1, 12), random.normal(0, 1, 20)])
-        interval = card.roc(scores, np.arange(32) < 12).interval
+        interval = performance.roc(scores, np.arange(32) < 12).interval
         assert interval is not None
         hits += interval[0] <= 0.8556 <= interval[1]
     assert 0.92 <= hits / draws <= 0.99
 
 
 def test_the_interval_of_a_perfect_score_is_no_point() -> None:
-    low, high = card.auroc_interval(1.0, 8, 8)
+    low, high = performance.auroc_interval(1.0, 8, 8)
     assert 0.6 < low < 0.9
     assert high == pytest.approx(1.0)
-    assert card.auroc_interval(1.0, 80, 80)[0] > low
+    assert performance.auroc_interval(1.0, 80, 80)[0] > low
 
 
 def test_bins_of_a_calibration_have_equal_numbers_and_none_too_few() -> None:
     values = np.linspace(0, 1, 30)
-    bins = card.calibration(values, values > 0.5)
+    bins = performance.calibration(values, values > 0.5)
     assert [found.slides for found in bins] == [6] * 5
     assert [found.observed for found in bins] == [0, 0, 0.5, 1, 1]
-    assert card.calibration(values[:11], values[:11] > 0.5) == ()
+    assert performance.calibration(values[:11], values[:11] > 0.5) == ()
 
 
 def test_what_the_model_looks_at_is_said_where_it_was_asked(made: Path, tmp_path: Path) -> None:
@@ -190,3 +194,99 @@ def test_what_the_model_looks_at_is_said_where_it_was_asked(made: Path, tmp_path
     place.write_text("{}", encoding="utf-8")
     with pytest.raises(StoreError, match="damaged"):
         write_card(made / "marker.yaml", out, tmp_path, overwrite=True)
+
+
+# --- slide-level models ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def of_slides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `slides.yaml`, a slide-level model, and `out`: its run over slides of two sites, audited.
+
+    One slide is of glass alone, so that the model has no answer for it.
+    """
+    folder = tmp_path_factory.mktemp("of slides")
+    rows = []
+    for number in range(SLIDES):
+        path = folder / f"{number:02}.tif"
+        markers = [(32, 32 * number)] if number % 2 else []
+        write_marker_slide(path, 96, 32 * (number + 3), mpp=0.25, markers=markers, marker_px=32, seed=number)
+        rows.append((path, CLASSES[number % 2], "Aarhus" if number < 7 else "Bonn", f"p{number // 2}"))
+    blank = folder / "blank.tif"
+    write_gigapixel_slide(blank, 512, 512, mpp=0.25, tissue_fraction=0.0)
+    with (folder / "slides.csv").open("w", newline="", encoding="utf-8") as file:
+        columns = ("slide", "label", "site", "patient")
+        csv.writer(file).writerows([columns, *rows, (blank, CLASSES[0], "Bonn", "p0")])
+    outcome = explain(folder / "slides.csv", write_model(folder), folder / "out", target="tumour", **BAG)
+    assert not outcome.failed
+    audit_run(folder / "out", slides=8, only=("faithfulness",), trust_code=True)
+    return folder
+
+
+def answers(folder: Path) -> tuple[list[float], list[bool], list[str]]:
+    """The probabilities of tumour, whether it is that, and the sites, of slides with an answer, from slides.csv."""
+    rows = [row for row in rows_of(folder / "out").values() if row["slide_probability_tumour"]]
+    probabilities = [float(row["slide_probability_tumour"]) for row in rows]
+    return probabilities, [row["label"] == "tumour" for row in rows], [row["site"] for row in rows]
+
+
+def test_a_slide_level_card_has_the_slides_own_probabilities(of_slides: Path, tmp_path: Path) -> None:
+    path, page = write_card(of_slides / "slides.yaml", of_slides / "out", tmp_path)
+    text, shown = path.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")
+    rows = {tuple(row[:2]): row[2:] for row in cells(text)}
+    probabilities, truth, sites = map(np.array, answers(of_slides))
+    assert len(truth) == SLIDES
+    for site, chosen in (("all", truth >= 0), ("Aarhus", sites == "Aarhus"), ("Bonn", sites == "Bonn")):
+        here, there = truth[chosen], probabilities[chosen]
+        area = f"{roc_auc_score(here, there):.3f}"
+        assert rows["the slide's probability", site][:2] == [f"{here.sum()} / {(~here).sum()}", area]
+        brier, mean = np.mean((there - here) ** 2), there.mean()
+        assert [site, f"{mean:.3f}", f"{here.mean():.3f}", f"{brier:.3f}"] in cells(text)
+        assert f'<td data-name="Brier score">{brier:.3f}</td>' in shown
+    assert text.count("1 slide without any explained patch: not counted.") == 1
+    assert "share of the patches" not in text
+    assert [row[2] for row in cells(text)[-3:]] == ["---", "7", "7"], "bins of the calibration"
+
+
+def test_a_slide_level_card_describes_both_parts_and_the_audit_by_slides(of_slides: Path, tmp_path: Path) -> None:
+    path, page = write_card(of_slides / "slides.yaml", of_slides / "out", tmp_path)
+    for text in (path.read_text(encoding="utf-8"), page.read_text(encoding="utf-8")):
+        for words in (
+            "slide-level model (bags of patches)",
+            "probabilities of classes that exclude each other, for the whole slide",
+            "feature vectors of 12 numbers, one for each patch",
+            "32 x 32 px at 0.5 um per pixel",
+            "the 15 slides are from 7 patients: intervals are too narrow",
+        ):
+            assert words in text
+        assert "patches do not tell" not in text
+        assert "is derived from its patches" not in text
+    metrics = card.make_card(open_result(of_slides / "out"), facts(of_slides, "slides")).audit
+    assert metrics is not None
+    assert f"The audit examined {metrics.sample.slides} slides with {metrics.sample.patches} patches;" in text
+    headings = set(card.verdicts(card.make_card(open_result(of_slides / "out"), facts(of_slides, "slides"))))
+    assert headings <= {"What holds", "What fails", "What these slides do not tell"}
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid", "hazard", "none"])
+def test_what_labels_say_of_an_answer_depends_on_what_it_is(activation: str, of_slides: Path, tmp_path: Path) -> None:
+    """Of two classes that exclude each other one is shown; of independent ones both; of survival none."""
+    result = open_result(of_slides / "out")
+    found, why = performance.performance_of([slide for slide in result if slide.is_finished], result, activation)
+    assert [each.label for each in found] == {"softmax": ["tumour"], "hazard": []}.get(activation, list(CLASSES))
+    assert bool(why) == (activation == "hazard")
+    assert all(bool(each.bins) == (activation != "none") == bool(each.calibrated) for each in found)
+
+
+def test_a_card_of_given_features_promises_no_pixels(tmp_path: Path) -> None:
+    slide = tmp_path / "a.tif"
+    write_gigapixel_slide(slide, 9_000, 14_000, mpp=MPP, tissue_fraction=1.0, blobs=1)
+    trident(tmp_path / "features", frame_of(slide))
+    model = write_aggregator(tmp_path / "model")
+    outcome = explain(slide, model, tmp_path / "out", features=tmp_path / "features", **ON_FEATURES)
+    assert not outcome.failed
+    text = write_card(model, tmp_path / "out", tmp_path)[0].read_text(encoding="utf-8")
+    assert "- **source**: features made elsewhere, abmil" in text
+    assert "- **aggregator's parameters**: " in text
+    assert "um per pixel" not in text.partition("## Data")[0]
+    assert "explained at layer" not in text

@@ -5,101 +5,42 @@ This room reads results and loads the model, to be sure that the card is about t
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from itertools import pairwise
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-from scipy.optimize import brentq
-
 from wsi_gradcam.audit.plan import AUDIT, AuditFolder
 from wsi_gradcam.audit.schema import Metrics, VerdictRow
-from wsi_gradcam.errors import ModelError, ResultError, StoreError, canonical, one_line
+from wsi_gradcam.card.performance import (
+    ANSWERS,
+    CALIBRATION,
+    FEWEST,
+    Performance,
+    calibrated_rows,
+    interval_text,
+    number,
+    performance_of,
+)
+from wsi_gradcam.errors import ModelError, ResultError, StoreError, counted, one_line
 from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.local import wrap_write_errors, write_atomic
 from wsi_gradcam.pages import render
 from wsi_gradcam.results.run import open_result
-from wsi_gradcam.results.slide import slide_scores
+from wsi_gradcam.results.slide_tables import read_slide_records
 from wsi_gradcam.run.settings import make_settings
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
     from wsi_gradcam.cam.facts import ModelFacts
     from wsi_gradcam.io.paths import StoragePathLike
     from wsi_gradcam.results.run import Result
     from wsi_gradcam.results.slide import SlideResult
 
-FEWEST = 6  # slides of either kind, below which an interval or a curve would promise too much
-BINS = 5  # of a calibration
-Z = 1.959964  # of 95 %
-HEADINGS = {"holds": "What holds", "fails": "What fails", "unclear": "What these patches do not tell"}
-SCORES = {"share": "share of the patches given to it", "top": "mean probability of the ten highest patches"}
-
-
-@dataclass(frozen=True)
-class Roc:
-    """The ROC curve of a score against labels, with each slide as a case.
-
-    Attributes:
-        score: the score in words.
-        group: its site; "" for all.
-        positive, negative: numbers of slides.
-        auroc: area under the curve, with ties counting half; None if all slides have the same label.
-        interval: its 95 % interval; None if there are fewer than `FEWEST` slides with or without the class.
-        curve: false and true positive rates, [n, 2], from (0, 0) to (1, 1).
-    """
-
-    score: str
-    group: str
-    positive: int
-    negative: int
-    auroc: float | None
-    interval: tuple[float, float] | None
-    curve: tuple[tuple[float, float], ...]
-
-
-@dataclass(frozen=True)
-class CalibrationBin:
-    """Slides of similar probability: the mean prediction, the observed share, and the number of slides."""
-
-    predicted: float
-    observed: float
-    slides: int
-
-    @property
-    def row(self) -> tuple[str, str, int]:
-        """The bin as a row of a table."""
-        return number(self.predicted), number(self.observed), self.slides
-
-
-@dataclass(frozen=True)
-class Performance:
-    """How well a class is separated from the others, according to the slides' labels.
-
-    Attributes:
-        label: the class.
-        rocs: one per score for all slides, then by site.
-        brier: mean squared error of the slide's probability; None if the model gives none for a slide.
-        bins: bins of the calibration, lowest probabilities first.
-    """
-
-    label: str
-    rocs: tuple[Roc, ...]
-    brier: float | None
-    bins: tuple[CalibrationBin, ...]
-
-    @property
-    def drawn(self) -> Roc | None:
-        """The curve that a card draws; None if no curve of the whole archive has both kinds of slides."""
-        return next((roc for roc in self.rocs if not roc.group and roc.auroc is not None), None)
+HEADINGS = {"holds": "What holds", "fails": "What fails", "unclear": "What these {} do not tell"}
 
 
 @dataclass(frozen=True)
@@ -170,7 +111,7 @@ def write_card(
 def make_card(result: Result, facts: ModelFacts) -> Card:
     """Return the card of a run's model."""
     finished = [slide for slide in result if slide.is_finished]
-    performance, unlabelled = _performance(finished, result)
+    performance, unlabelled = performance_of(finished, result, facts.activation)
     audit = _audit(result)
     return Card(
         name=facts.name,
@@ -181,7 +122,7 @@ def make_card(result: Result, facts: ModelFacts) -> Card:
         unlabelled=unlabelled,
         looks_at=tuple(_looks_at(result)),
         audit=audit,
-        limits=tuple(_limits(result, performance, audit)),
+        limits=tuple(_limits(result, finished, performance, audit)),
         made=datetime.now(UTC).date().isoformat(),
     )
 
@@ -213,15 +154,22 @@ def _same_model(model: str, result: Result, trust_code: bool) -> ModelFacts:
 def _model_facts(result: Result, facts: ModelFacts) -> Iterator[tuple[str, str]]:
     record = result.record
     height, width = record.model.patch_px
+    has_encoder = bool(record.model.layer)
     yield "kind", "slide-level model (bags of patches)" if record.is_slide_level else "patch model"
     yield "source", facts.source
     yield "digest", facts.digest
     yield "licence", facts.license or "not stated"
     yield "classes", ", ".join(facts.classes)
-    yield "input", f"{width} x {height} px at {record.model.mpp:g} um per pixel"
-    yield "parameters", f"{facts.parameters:,}"
-    yield "explained at layer", record.model.layer or "none"
-    yield "methods", ", ".join(record.settings.get("method", ()))
+    if facts.bag is not None:
+        yield "answer", f"{ANSWERS[facts.activation]}, for the whole slide"
+        yield "input", f"feature vectors of {counted(facts.bag.feature_dim, 'number')}, one for each patch"
+    if has_encoder:
+        yield "patches" if facts.bag else "input", f"{width} x {height} px at {record.model.mpp:g} um per pixel"
+    whose = "" if facts.bag is None else "encoder's " if has_encoder else "aggregator's "
+    yield f"{whose}parameters", f"{facts.parameters:,}"
+    if has_encoder:
+        yield "explained at layer", record.model.layer
+        yield "methods", ", ".join(record.settings.get("method", ()))
     if record.is_slide_level:
         yield "methods of bags", ", ".join(record.settings.get("bag_method", ()))
     for note in facts.notes:
@@ -234,7 +182,17 @@ def _data_facts(result: Result, finished: Sequence[SlideResult]) -> Iterator[tup
     yield "patches", f"{sum(int(slide.row['patches'] or 0) for slide in finished):,}"
     mpps = sorted({f"{slide.mpp[0]:.3g}" for slide in finished})
     yield "resolution of the slides", f"{', '.join(mpps[:5])}{', ...' if len(mpps) > 5 else ''} um per pixel"
-    yield "patch overlap", f"{result.record.settings.get('overlap', 0):g}"
+    if result.record.model.layer:
+        yield "patch overlap", f"{result.record.settings.get('overlap', 0):g}"
+    if (patients := _patients(result, finished)) is not None:
+        yield "patients", f"{patients:,}"
+
+
+def _patients(result: Result, finished: Sequence[SlideResult]) -> int | None:
+    """Return how many patients the slides are from; None unless the list states it for each."""
+    records = read_slide_records(result.folder.record)
+    found = [str(records.get(slide.id, {}).get("patient") or "") for slide in finished]
+    return len(set(found)) if found and all(found) else None
 
 
 def _counts(finished: Sequence[SlideResult]) -> Iterator[tuple[str, str, str, int]]:
@@ -243,103 +201,6 @@ def _counts(finished: Sequence[SlideResult]) -> Iterator[tuple[str, str, str, in
     if any(any(key) for key in keys):
         for (site, scanner, label), count in sorted(keys.items()):
             yield site, scanner, label, count
-
-
-# --- performance -----------------------------------------------------------------------------------------------------
-
-
-def _performance(finished: Sequence[SlideResult], result: Result) -> tuple[tuple[Performance, ...], str]:
-    """Return the performance by class, or the reason why there is none."""
-    names = {canonical(name): name for name in result.classes}
-    labels = [slide.row.get("label") or "" for slide in finished]
-    pairs = [(slide, names.get(canonical(label))) for slide, label in zip(finished, labels, strict=True)]
-    known = [(slide, label) for slide, label in pairs if label is not None]
-    if not any(labels):
-        return (), "The list of slides has no labels, so how often the model is right is unknown."
-    if len({label for _, label in known}) < 2:
-        found = ", ".join(sorted(set(filter(None, labels)))[:5])
-        classes = ", ".join(result.classes)
-        return (), f"The labels of the slides ({found}) do not include two of the model's classes ({classes})."
-    scores = [_scores(slide, result) for slide, _ in known]
-    sites, truths = [slide.row.get("site") or "" for slide, _ in known], [label for _, label in known]
-    shown = result.classes[1:] if len(result.classes) == 2 else result.classes
-    return tuple(_of_class(name, scores, truths, sites) for name in shown), ""
-
-
-def _scores(slide: SlideResult, result: Result) -> Mapping[str, Mapping[str, float]]:
-    """Return a slide's scores by class and by score: the model's answer for it, or else those of its patches."""
-    if result.record.is_slide_level:
-        return {name: {"answer": share} for name, share in slide.slide_probabilities.items()}
-    return slide_scores(slide, result.classes)
-
-
-def _of_class(
-    name: str, scores: Sequence[Mapping[str, Mapping[str, float]]], truths: Sequence[str], sites: Sequence[str]
-) -> Performance:
-    rocs, kinds = [], list(scores[0].get(name, {})) if scores else []
-    truth = np.array([label == name for label in truths])
-    for kind in kinds:
-        values = np.array([each.get(name, {}).get(kind, np.nan) for each in scores])
-        words = "the slide's probability" if kind == "answer" else SCORES[kind]
-        rocs.append(roc(values, truth, words))
-        rocs += [
-            roc(values[chosen], truth[chosen], words, site)
-            for site in sorted(set(sites) - {""})
-            if len(set(sites)) > 1 and (chosen := np.array([one == site for one in sites])).any()
-        ]
-    brier: float | None = None
-    bins: tuple[CalibrationBin, ...] = ()
-    if "answer" in kinds:
-        values = np.array([each[name]["answer"] for each in scores])
-        brier, bins = float(np.mean((values - truth) ** 2)), calibration(values, truth)
-    return Performance(name, tuple(sorted(rocs, key=lambda found: bool(found.group))), brier, bins)
-
-
-def roc(values: ArrayLike, truth: ArrayLike, score: str = "", group: str = "") -> Roc:
-    """Return the ROC curve of scores [n] for truths [n]; scores that are NaN do not count.
-
-    >>> found = roc([0.1, 0.4, 0.4, 0.9], [False, False, True, True])
-    >>> found.auroc, found.interval, found.curve
-    (0.875, None, ((0.0, 0.0), (0.0, 0.5), (0.5, 1.0), (1.0, 1.0)))
-    """
-    scores, positive = np.asarray(values, np.float64), np.asarray(truth, np.bool_)
-    scores, positive = scores[~np.isnan(scores)], positive[~np.isnan(scores)]
-    n, m = int(positive.sum()), int((~positive).sum())
-    if not n or not m:
-        return Roc(score, group, n, m, None, None, ())
-    levels = np.unique(scores)[::-1]
-    curve = [(0.0, 0.0)]
-    curve += [(float((scores[~positive] >= t).mean()), float((scores[positive] >= t).mean())) for t in levels]
-    area = sum((b[0] - a[0]) * (a[1] + b[1]) / 2 for a, b in pairwise(curve))
-    interval = auroc_interval(area, n, m) if min(n, m) >= FEWEST else None
-    return Roc(score, group, n, m, area, interval, tuple(curve))
-
-
-def auroc_interval(area: float, positive: int, negative: int) -> tuple[float, float]:
-    """Return the 95 % interval of an AUROC for given numbers of positive and negative cases.
-
-    Method 5 of Newcombe 2006 (Statistics in Medicine, doi 10.1002/sim.2324): the areas whose standard error by Hanley
-    and McNeil, with both numbers of cases replaced by their mean, leaves the one that was found within 1.96 of it. It
-    stays within 0 and 1, and does not collapse where the area is 1.
-    """
-
-    def excess(theta: float) -> float:
-        many = (positive + negative) / 2 - 1
-        inner = 1 + many * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return (area - theta) ** 2 - Z**2 * theta * (1 - theta) * inner / (positive * negative)
-
-    below, above = max(area - 1e-9, 0.0), min(area + 1e-9, 1.0)  # at an area of 0 or 1 the excess itself is 0
-    return float(brentq(excess, 0.0, below)), float(brentq(excess, above, 1.0))
-
-
-def calibration(values: NDArray[np.float64], truth: NDArray[np.bool_]) -> tuple[CalibrationBin, ...]:
-    """Return slides in bins of about equal numbers by probability; fewer bins for fewer slides than `FEWEST` a bin."""
-    count = min(BINS, len(values) // FEWEST)
-    if count < 2:
-        return ()
-    order = np.argsort(values, kind="stable")
-    parts = np.array_split(order, count)
-    return tuple(CalibrationBin(float(values[p].mean()), float(truth[p].mean()), len(p)) for p in parts)
 
 
 # --- evidence, audit and limits --------------------------------------------------------------------------------------
@@ -387,11 +248,13 @@ def _audit(result: Result) -> Metrics | None:
     return metrics
 
 
-def _limits(result: Result, performance: Sequence[Performance], audit: Metrics | None) -> Iterator[str]:
+def _limits(
+    result: Result, finished: Sequence[SlideResult], performance: Sequence[Performance], audit: Metrics | None
+) -> Iterator[str]:
     yield "Research use: nothing here shows that the model is fit for diagnosis."
     yield "A heatmap shows what moves this model's output, not what is true of the tissue."
     if performance:
-        yield "Slides count as independent cases; where several are from one patient, intervals are too narrow."
+        yield from _dependence(result, finished)
         yield "The card cannot know whether the model was trained on these slides; if it was, say so."
     if performance and not result.record.is_slide_level:
         yield "The model answers for patches: a slide's score is derived from its patches, and is not a probability."
@@ -404,23 +267,40 @@ def _limits(result: Result, performance: Sequence[Performance], audit: Metrics |
         yield f"The audit saw {slides} slide{'s' * (slides > 1)}, and its verdicts apply to no others."
 
 
+def _dependence(result: Result, finished: Sequence[SlideResult]) -> Iterator[str]:
+    """Yield what follows for the intervals from slides of the same patient."""
+    patients, slides = _patients(result, finished), len(finished)
+    if patients is None:
+        yield "Slides count as independent cases; where several are from one patient, intervals are too narrow."
+    elif patients < slides:
+        yield (
+            f"Slides count as independent cases, but the {counted(slides, 'slide')} are from "
+            f"{counted(patients, 'patient')}: intervals are too narrow."
+        )
+
+
 def verdicts(card: Card) -> dict[str, list[VerdictRow]]:
-    """Return the audit's verdicts by outcome, those that hold first; empty if there is no audit."""
-    rows = card.audit.verdicts if card.audit else []
-    return {outcome: found for outcome in HEADINGS if (found := [row for row in rows if row.outcome == outcome])}
+    """Return the audit's verdicts by heading, those that hold first; empty if there is no audit."""
+    if card.audit is None:
+        return {}
+    rows, units = card.audit.verdicts, _units(card.audit)
+    by_heading = {words.format(units): [row for row in rows if row.outcome == key] for key, words in HEADINGS.items()}
+    return {heading: found for heading, found in by_heading.items() if found}
+
+
+def _units(audit: Metrics) -> str:
+    return "slides" if audit.run.unit == "slide" else "patches"
+
+
+def sampled(audit: Metrics) -> str:
+    """Return what the verdicts rest on, as a sentence."""
+    sample = audit.sample
+    slides, patches = counted(sample.slides, "slide"), counted(sample.patches, "patch").replace("patchs", "patches")
+    found = f"{slides} with {patches}" if audit.run.unit == "slide" else f"{patches} of {slides}"
+    return f"The audit examined {found}; p-values are corrected over all verdicts."
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Return a number with this many decimals; a dash for none."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def interval_text(found: Roc) -> str:
-    """Return the interval of a curve's area, such as "0.712 to 0.934"."""
-    return "–" if found.interval is None else f"{number(found.interval[0])} to {number(found.interval[1])}"
 
 
 def page(card: Card) -> str:
@@ -429,7 +309,9 @@ def page(card: Card) -> str:
         "card/card.html",
         card=card,
         verdicts=verdicts(card),
-        headings=HEADINGS,
+        sampled=sampled,
+        calibrated=calibrated_rows,
+        calibration=CALIBRATION,
         number=number,
         interval=interval_text,
         points=_points,
@@ -464,8 +346,11 @@ def _performance_lines(found: Performance) -> Iterator[str]:
         for one in found.rocs
     ]
     yield from _table(("score", "site", "slides with / without", "AUROC", "95 % interval"), rows)
-    if found.brier is not None:
-        yield from ["", f"Brier score of the slide's probability: {number(found.brier)}."]
+    if found.unscored:
+        yield from ["", f"{counted(found.unscored, 'slide')} without any explained patch: not counted."]
+    if found.calibrated:
+        yield from ["", "Calibration of the slide's probability (a Brier score of 0 is perfect):", ""]
+        yield from _table(CALIBRATION, calibrated_rows(found))
     if found.bins:
         yield from ["", *_table(("mean probability", "observed share", "slides"), [one.row for one in found.bins])]
 
@@ -475,10 +360,9 @@ def _audit_lines(card: Card) -> Iterator[str]:
     if card.audit is None:
         yield "The explanations of this run were not audited."
         return
-    sample = card.audit.sample
-    yield f"Patches: {sample.patches:,}, from slides: {sample.slides:,}; p-values are corrected over all verdicts."
-    for outcome, rows in verdicts(card).items():
-        yield from ["", f"### {HEADINGS[outcome]}", ""]
+    yield sampled(card.audit)
+    for heading, rows in verdicts(card).items():
+        yield from ["", f"### {heading}", ""]
         yield from (f"- **{row.question}** ({_escaped(row.of)}): {_escaped(row.words)}" for row in rows)
     if card.audit.not_tested:
         yield from ["", "### What was not tested", ""]
