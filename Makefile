@@ -5,7 +5,7 @@ SLIDE ?=
 OUT ?= demo-output
 JOBS ?= 3
 
-.PHONY: help venv browser demo test test-s3 coverage check docs dist wheel lowest format proofs clean
+.PHONY: help venv browser demo test test-s3 coverage check docs dist wheel lowest pythons format proofs clean
 
 help:
 	@echo "make demo [SLIDE=file]  explain a slide and show where the results are"
@@ -17,6 +17,7 @@ help:
 	@echo "make dist               sdist and wheel, into dist/, and a look at their metadata"
 	@echo "make wheel              the demo of that wheel in an empty environment (6 GB)"
 	@echo "make lowest             some tests with the lowest versions of packages that are allowed (6 GB)"
+	@echo "make pythons            some tests under each other Python from 3.12 on that is installed (6 GB)"
 	@echo "make proofs             the long proofs: gigapixel memory, repeated kills, the image, ten thousand"
 	@echo "                        damaged slides, and how often the audit tells planted truths"
 
@@ -109,12 +110,20 @@ dist: venv
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
 
-# For another Python: .venv/bin/nox --session wheel-3.13, or tests-3.13.
+# For another Python: .venv/bin/nox --session wheel-3.13.
 wheel: dist
-	$(BIN)/nox --session wheel-3.11; status=$$?; rm -rf .nox; exit $$status
+	$(BIN)/python -m nox --session wheel-3.11; status=$$?; rm -rf .nox; exit $$status
 
 lowest: venv
-	$(BIN)/nox --session lowest; status=$$?; rm -rf .nox; exit $$status
+	$(BIN)/python -m nox --session lowest; status=$$?; rm -rf .nox; exit $$status
+
+# One after the other, as an environment takes 6 GB. noxfile.py says how those of pyenv are found.
+OTHERS := 3.12 3.13 3.14
+pythons: venv
+	for python in $(OTHERS); do \
+		command -v python$$python >/dev/null && python$$python --version >/dev/null 2>&1 || { echo "no Python $$python"; continue; }; \
+		$(BIN)/python -m nox --session tests-$$python; status=$$?; rm -rf .nox; [ $$status = 0 ] || exit $$status; \
+	done
 
 format: venv
 	$(BIN)/ruff format .
@@ -122,7 +131,7 @@ format: venv
 
 proofs: coverage image-tools
 	$(BIN)/python -m pytest -m slow --no-cov --timeout=7200
-	$(MAKE) wheel lowest
+	$(MAKE) wheel lowest pythons
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python -m tests.planted_evidence --seeds 50
 	$(BIN)/python -m tests.fuzz --cases 10000

@@ -1,10 +1,12 @@
 """Environments besides `.venv`: other versions of Python, the lowest versions of packages, and the wheel alone.
 
-    .venv/bin/nox --session wheel                  # dist/*.whl in an empty environment: the demo, outside the checkout
-    .venv/bin/nox --session tests-3.13             # the tests under another Python, which must be installed
+    .venv/bin/nox --session wheel-3.11             # dist/*.whl in an empty environment: the demo, outside the checkout
+    .venv/bin/nox --session tests-3.13             # a part of the tests under another Python, which must be installed
+    .venv/bin/nox --session tests-3.13 -- -n 2     # all of them
     .venv/bin/nox --session lowest                 # the lowest versions that pyproject.toml allows
 
-An environment is some 6 GB below .nox, mostly CUDA: remove it afterwards. `make wheel` and `make lowest` do.
+An environment is some 6 GB below .nox, mostly CUDA: remove it afterwards. `make wheel`, `make pythons` and `make
+lowest` do. Pythons of pyenv are found where PYENV_VERSION names them: `PYENV_VERSION=3.11.7:3.13.0 make pythons`.
 """
 
 from __future__ import annotations
@@ -28,7 +30,22 @@ SHORT = [
     "tests/test_results_stitch.py",
     "tests/test_results_digests.py",
 ]
-# What they import beside the package; the extra `test` needs newer versions of the same packages than `explain` does.
+# And where all extras are installed: processes, clusters, slide-level models, evidence, pages, the command line.
+LONGER = [
+    "wsi_gradcam",  # doctests
+    "tests/test_audit_run.py",
+    "tests/test_card.py",
+    "tests/test_cli_main.py",
+    "tests/test_cli_mistakes.py",
+    "tests/test_evidence_run.py",
+    "tests/test_executors_local.py",
+    "tests/test_export.py",
+    "tests/test_mil_runs.py",
+    "tests/test_out_on_s3.py",
+    "tests/test_system_isolation.py",
+    "tests/test_viewer_app.py",
+]
+# What the first ones import beside the package; the extra `test` needs newer versions of packages than `explain` does.
 TOOLS = ["pytest", "pytest-cov", "pytest-timeout", "hypothesis", "captum", "pandas"]
 nox.options.sessions = ["wheel"]
 nox.options.default_venv_backend = "venv"
@@ -36,9 +53,9 @@ nox.options.default_venv_backend = "venv"
 
 @nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
-    """Run the tests, or those that are named behind --, with the newest versions that pip finds for this Python."""
-    session.install("--editable", ".[all,bench,test]")
-    session.run("python", "-m", "pytest", "--no-cov", "-n", "2", "--dist", "worksteal", *session.posargs)
+    """Run a part of the tests under this Python, or what is given behind --, with the pinned versions of packages."""
+    session.install("--constraint", "constraints.txt", "--editable", ".[all,bench,test]")
+    session.run("python", "-m", "pytest", "--no-cov", *(session.posargs or [*SHORT, *LONGER]))
 
 
 @nox.session(python="3.11")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -117,3 +118,41 @@ def test_the_lowest_versions_are_those_of_the_project() -> None:
         assert (low.name, bound.operator) == (wanted.name, ">=")
         assert bound.version in low.specifier
     assert PROJECT["requires-python"] == f">={noxfile.PYTHONS[0]}"
+
+
+def other_python() -> str | None:
+    """The newest other Python from 3.12 on that is installed, on PATH or by pyenv; None where there is none."""
+    for wanted in reversed(noxfile.PYTHONS[1:]):
+        installed = sorted(Path.home().glob(f".pyenv/versions/{wanted}.*/bin/python"))
+        for path in filter(None, (shutil.which(f"python{wanted}"), *map(str, installed))):
+            asked = [path, "-c", "import sys; print(*sys.version_info[:2], sep='.')"]
+            done = subprocess.run(asked, capture_output=True, text=True, timeout=60, check=False)
+            if done.stdout.strip() == wanted:
+                return path
+    return None
+
+
+def test_other_pythons_compile_every_module_without_a_warning(tmp_path: Path) -> None:
+    """And run the doctests of those that need no package. `make pythons` runs a part of the tests under each."""
+    if (python := other_python()) is None:
+        pytest.skip("no Python from 3.12 on is installed")
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    for arguments in (
+        ("compileall", "-q", "wsi_gradcam"),
+        ("doctest", "wsi_gradcam/errors.py", "wsi_gradcam/geometry.py"),
+    ):
+        command = [python, "-W", "error", "-m", *arguments]
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_pythons_are_those_that_nox_knows() -> None:
+    said = [
+        text.rpartition(" ")[2]
+        for text in PROJECT["classifiers"]
+        if text.startswith("Programming Language :: Python :: 3.")
+    ]
+    assert said == noxfile.PYTHONS[: len(said)]
+    assert all((ROOT / name).exists() for name in (*noxfile.SHORT, *noxfile.LONGER))
