@@ -62,13 +62,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line: what was given, what may be meant, and a command that works.
-
-    Attributes:
-        example: that command.
-    """
-
-    example = ""
+    """A parser whose errors are one line: what was given, what may be meant, and a command that works."""
 
     def error(self, message: str) -> NoReturn:
         """Print the error on one line, and exit."""
@@ -94,9 +88,10 @@ class Parser(argparse.ArgumentParser):
         if found := re.match(r"the following arguments are required: (.*)", message):
             names = [name if name.startswith("-") else name.upper() for name in found[1].split(", ")]
             are = "are" if len(names) > 1 else "is"
-            return f"{' and '.join(names)} {are} missing, as in: {self.example}"
+            more = f"; all commands: {self.prog} --help" if names == ["COMMAND"] else ""
+            return f"{' and '.join(names)} {are} missing, as in: {self._example()}{more}"
         if found := re.match(r"argument (\S+): expected (?:at least )?one argument", message):
-            shown = f", as in: {self.example}" if found[1] in self.example.split() else f"; see {self.prog} --help"
+            shown = f", as in: {self._example()}" if found[1] in self._example().split() else f"; see {self.prog} --help"
             return f"{found[1]} needs a value{shown}"
         found = re.match(r"argument (\S+): not allowed with argument (\S+)", message)
         return f"{found[2]} and {found[1]} exclude each other; give one of them" if found else ""
@@ -108,6 +103,10 @@ class Parser(argparse.ArgumentParser):
             return f"{found[1]} is '{found[2]}', expected one of {', '.join(choices)}{near and '; ' + near}"
         found = re.match(r"argument (\S+): invalid (int|float) value: (.*)", message, re.DOTALL)
         return f"{found[1]} is {found[3]}, expected a {'whole ' * (found[2] == 'int')}number" if found else ""
+
+    def _example(self) -> str:
+        """Return the first of the examples that end the help."""
+        return (self.epilog or "examples:\n").split("\n")[1].strip()
 
     def _of_command(self) -> argparse.ArgumentParser:
         """Return the parser of the command whose flags were made; this one if that is not clear."""

@@ -122,7 +122,6 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
         epilog=examples_text(EXAMPLES),
         formatter_class=HelpFormatter,
     )
-    parser.example = "wsi-gradcam demo; all commands: wsi-gradcam --help"
     parser.add_argument("--version", action="version", version=f"wsi-gradcam {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND", dest="command")
     for name, command in COMMANDS.items():
@@ -134,7 +133,6 @@ def make_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
             epilog=examples_text(command.examples),
             formatter_class=HelpFormatter,
         )
-        subparser.example = command.examples[0]
         if name in argv:
             command.add_arguments(subparser)
     return parser
