@@ -91,8 +91,8 @@ class Parser(argparse.ArgumentParser):
             more = f"; all commands: {self.prog} --help" if names == ["COMMAND"] else ""
             return f"{' and '.join(names)} {are} missing, as in: {self._example()}{more}"
         if found := re.match(r"argument (\S+): expected (?:at least )?one argument", message):
-            shown = f", as in: {self._example()}" if found[1] in self._example().split() else f"; see {self.prog} --help"
-            return f"{found[1]} needs a value{shown}"
+            shown = found[1] in self._example().split()
+            return f"{found[1]} needs a value{f', as in: {self._example()}' if shown else f'; see {self.prog} --help'}"
         found = re.match(r"argument (\S+): not allowed with argument (\S+)", message)
         return f"{found[2]} and {found[1]} exclude each other; give one of them" if found else ""
 
