@@ -1,8 +1,8 @@
-"""`load_aggregator`: from the state dicts of published slide-level models, and from programs, to networks.
+"""`load_aggregator`: turns the state dicts of published slide-level models, and programs, into networks.
 
-A state dict says by its names which part a layer is, and by its shapes all sizes. What has no part in the network, and
-what does not fit to its neighbours, is told by its name; activations leave no trace in it and are those of the code
-that the names come from.
+The names in a state dict say which part a layer is, and the shapes give all sizes. Layers that have no part in the
+network, or do not fit their neighbours, are named in errors; activations leave no trace and are taken from the code
+that uses these names.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.mil.spec import AggregatorSpec, SlideModelSpec
 
-MAX_NUMBERS = 1 << 28  # of all weights: a view in a small file may claim any shape
-MAX_TENSORS, MAX_PREFIXES, MAX_PREFIX = 4096, 32, 4  # prefixes that are tried, and parts of one
+MAX_NUMBERS = 1 << 28  # numbers of all weights: a view in a small file may claim any shape
+MAX_TENSORS, MAX_PREFIXES, MAX_PREFIX = 4096, 32, 4  # prefixes that are tried, and parts of a prefix
 ATTENTION_PARTS = (
     ("gate_a", r"(?:.*\.)?attention_[aV](?:\.(\d+))?"),
     ("gate_b", r"(?:.*\.)?attention_[bU](?:\.(\d+))?"),
@@ -88,10 +88,9 @@ class LoadedAggregator:
     """An aggregator ready to explain bags.
 
     Attributes:
-        network: in evaluation mode, float32, parameters frozen.
-        classes: names of its K logits.
-        digest: sha256 of weights, source and all that changes its answers.
-        notes: what of its files was taken and what not, a line each.
+        network: in evaluation mode, in float32, with frozen parameters. classes: names of its K logits. digest: sha256
+        of the weights, the source and everything that changes its answers. notes: which parts of its files were used
+        and which were not, one line each.
     """
 
     network: Aggregator
@@ -102,11 +101,11 @@ class LoadedAggregator:
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a state dict by the parts they have in a network, each part in the order of its numbers.
+    """The layers of a state dict by their part in the network, each part in the order of its numbers.
 
     Attributes:
         where: the file, for messages.
-        parts: part to (number, name, weight, bias).
+        parts: maps a part to (number, name, weight, bias).
         notes: what is not used.
     """
 
@@ -115,7 +114,7 @@ class Layers:
     notes: tuple[str, ...] = ()
 
     def count(self, part: str) -> int:
-        """Return how many layers a part has."""
+        """Return the number of layers in a part."""
         return len(self.parts.get(part, ()))
 
     def linear(self, part: str, inputs: int | None = None) -> nn.Linear:
@@ -126,10 +125,10 @@ class Layers:
         return layers[0]
 
     def stack(self, part: str, inputs: int | None = None) -> list[nn.Linear]:
-        """Return the linear layers of a part, each of which takes what the one before gives."""
+        """Return the linear layers of a part, each of which takes the previous one's output."""
         layers: list[nn.Linear] = []
         for _, name, weight, bias in self.parts.get(part, ()):
-            flat = weight.flatten(1) if weight.ndim == 3 else weight  # a convolution over the whole of its input
+            flat = weight.flatten(1) if weight.ndim == 3 else weight  # a convolution over its whole input
             expected = f"(*, {inputs or '*'})"
             if flat.ndim != 2 or inputs not in (None, flat.shape[1]):
                 raise self.misfit(name, weight, expected)
@@ -140,7 +139,7 @@ class Layers:
         return layers
 
     def norm(self, part: str, number: int, width: int) -> nn.LayerNorm:
-        """Return a LayerNorm of a part."""
+        """Return the LayerNorm of a part."""
         _, name, weight, bias = self.layer(part, number)
         if weight.shape != (width,):
             raise self.misfit(name, weight, f"({width},)")
@@ -176,12 +175,12 @@ class Layers:
 def load_aggregator(spec: SlideModelSpec) -> LoadedAggregator:
     """Load the aggregator of a slide-level model.
 
-    Its file is compared with a `sha256` that is given, then permission is asked for; only then anything is imported,
+    Its file is first compared with a given `sha256`, then permission is checked; only then is anything imported,
     unpickled or run.
 
     Raises:
-        ModelError: files that are missing or other ones, weights that do not fit, by their names, code that may not
-            run, or classes that are not as many as the logits.
+        ModelError: files are missing or not the right ones, weights do not fit (with their names), code is not allowed
+        to run, or the numbers of classes and logits differ.
     """
     files = _files(spec)
     check_files(files)
@@ -199,7 +198,7 @@ def load_aggregator(spec: SlideModelSpec) -> LoadedAggregator:
 
 
 def _files(spec: SlideModelSpec) -> ModelSpec:
-    """Return what the checks of patch models' files take."""
+    """Return the specification in the form that the checks of patch models' files take."""
     part = spec.aggregator
     source, weights = part.source, part.weights
     if part.kind == "mil-lab":
@@ -233,7 +232,7 @@ def _build(spec: SlideModelSpec, files: ModelSpec) -> tuple[Aggregator, tuple[st
 
 
 def _of_folder(part: AggregatorSpec, folder: Path) -> tuple[str, AggregatorSpec]:
-    """Return the kind of network in a MIL-Lab folder, and what its configuration says of what weights do not."""
+    """Return the kind of network in a MIL-Lab folder, and what its configuration says that weights do not."""
     try:
         config = read_json(read_file(folder / "config.json", MAX_BYTES))
     except (DocumentError, OSError) as error:
@@ -250,10 +249,10 @@ def _of_folder(part: AggregatorSpec, folder: Path) -> tuple[str, AggregatorSpec]
 
 
 def network_of(kind: str, part: AggregatorSpec, path: Path) -> tuple[Aggregator, tuple[str, ...]]:
-    """Return the network of a kind whose weights are in a file, and notes on what of the file was taken.
+    """Return the network of a kind whose weights are in a file, and notes on which parts of the file were used.
 
     Raises:
-        ModelError: the file holds no such weights, or several.
+        ModelError: the file contains no such weights, or several.
     """
     if is_lightning(path):
         raise ModelError(f"{path}: {LIGHTNING}")
@@ -278,10 +277,10 @@ def network_of(kind: str, part: AggregatorSpec, path: Path) -> tuple[Aggregator,
 
 
 def _layers(where: str, state: Mapping[str, Tensor], parts: Sequence[tuple[str, str]]) -> tuple[Layers, int]:
-    """Return the layers of a state dict behind the prefix with most of them, and their number.
+    """Return the layers of a state dict after the prefix that most of them share, and their number.
 
     Raises:
-        ModelError: a name that has no part.
+        ModelError: a name does not correspond to any part.
     """
     count = sum(tensor.numel() for tensor in state.values())
     if count > MAX_NUMBERS or len(state) > MAX_TENSORS:
@@ -311,7 +310,7 @@ def _layers(where: str, state: Mapping[str, Tensor], parts: Sequence[tuple[str, 
 
 
 def _plain(name: str) -> str:
-    """Return a name without what wrappers (DataParallel, torch.compile) and CLAM's attention put between its parts."""
+    """Return a name without what wrappers (DataParallel, torch.compile) and CLAM insert between its parts."""
     return ".".join(part for part in WRAPPERS.sub("", name).split(".") if part != "module")
 
 
@@ -344,7 +343,7 @@ def _ordered(
 
 
 def _attention(layers: Layers, part: AggregatorSpec) -> Aggregator:
-    """Return ABMIL or CLAM, which differ by names alone."""
+    """Return ABMIL or CLAM, which differ only in names."""
     layers.require("head", *(() if layers.count("plain") else ("gate_a", "score")))
     embed = layers.stack("embed")
     width = embed[-1].out_features if embed else None
@@ -369,7 +368,7 @@ def _attention(layers: Layers, part: AggregatorSpec) -> Aggregator:
 
 
 def _heads(layers: Layers, inputs: int, branches: int) -> list[nn.Linear]:
-    """Return the classifier's layers; of a classifier for each branch, one layer that holds all."""
+    """Return the classifier's layers; if there is one for each branch, a single layer that combines them."""
     each = layers.parts["head"]
     single = len(each) > 1 and all(weight.ndim == 2 and len(weight) == 1 for _, _, weight, _ in each)
     if not single:
@@ -388,7 +387,7 @@ def _heads(layers: Layers, inputs: int, branches: int) -> list[nn.Linear]:
 
 
 def _dsmil(layers: Layers, part: AggregatorSpec) -> Aggregator:
-    """Return DSMIL, as its authors' code (three versions) or MIL-Lab has it."""
+    """Return DSMIL, as in its authors' code (three versions) or in MIL-Lab."""
     layers.require("instance", "query", "fcc")
     lab = bool(layers.count("head"))
     embed = layers.stack("embed" if lab else "lin")
@@ -418,10 +417,10 @@ def _dsmil(layers: Layers, part: AggregatorSpec) -> Aggregator:
 
 
 def _value_relu(layers: Layers, part: AggregatorSpec, lab: bool) -> bool:
-    """Return whether a ReLU follows `v`: none in MIL-Lab and beside `lin`, one beside a query of two layers.
+    """Return whether a ReLU follows `v`: not in MIL-Lab or with `lin`, but with a query of two layers.
 
     Raises:
-        ModelError: neither tells.
+        ModelError: neither shows.
     """
     if part.value_activation is not None:
         return part.value_activation == "relu"
@@ -495,6 +494,6 @@ def _weights_digest(network: nn.Module) -> str:
 def _digest(spec: SlideModelSpec, network: Aggregator, classes: Sequence[str], code: str) -> str:
     part = spec.aggregator
     options = part.model_dump(mode="json", exclude={"source", "weights", "sha256"}, exclude_none=True)
-    source = part.kind if part.kind != "function" else part.source  # where a file lies changes nothing
+    source = part.kind if part.kind != "function" else part.source  # the location of a file does not matter
     about = [source, type(network).__name__, list(classes), spec.activation, options, code, _weights_digest(network)]
     return hashlib.sha256(json.dumps(about).encode()).hexdigest()

@@ -1,12 +1,12 @@
 """`explain_bag`: each patch's contribution to the slide's logits, by several methods at once.
 
 Bags may be larger than memory. Networks that pool by attention are processed in chunks: a first pass pools scores and
-values as a stream, the gradient of the logits by the pooled values z_h is that of the head alone, and a second pass
-takes of each chunk the vector-Jacobian product with what is then known,
+values as a stream, the gradient of the logits with respect to the pooled values z_h is that of the head alone, and a
+second pass takes the vector-Jacobian product of each chunk with what is then known,
 
     ds/dv_i = sum_h p_ih ds/dz_h,    ds/dscore_ih = p_ih <ds/dz_h, v_i - z_h>,    p = softmax(scores),
 
-which is the gradient of the whole bag. Other networks see a bag at once, and are refused if memory does not suffice.
+which is the gradient of the whole bag. Other networks see a bag at once, and are refused if there is not enough memory.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.targets import Target
 
 METHODS = (*BAG_METHODS, "single", "attention")
-STEPS = 32  # of integrated gradients, by Gauss and Legendre
+STEPS = 32  # points of integrated gradients, by Gauss and Legendre
 CHUNK_BYTES = 96 << 20
-PATH_BYTES = 3 * CHUNK_BYTES  # of a bag whose path is gone point by point, by the gradient of the whole
+PATH_BYTES = 3 * CHUNK_BYTES  # for a bag whose path is followed point by point, by the gradient of the whole
 MAX_ROWS, MIN_ROWS = 4096, 16
-MEASURED = (512, 1024, 2048)  # patches of the bags that tell how memory grows
+MEASURED = (512, 1024, 2048)  # patches of the bags that show how memory grows
 Coefficients = Callable[[str, int, "NDArray[np.floating]"], None]
 
 
@@ -52,16 +52,16 @@ def explain_bag(
     """Return logits, attention, and the relevance of each patch for each target by each method.
 
     Args:
-        features: [N, D], float16 or float32; an array, or what gives one for a slice of rows (Zarr, HDF5, memmap).
-        methods: of `METHODS`; `attention` has no relevance and is in `attention`.
-        baseline: [D], where the path of integrated gradients begins; zero unless given.
+        features: [N, D], float16 or float32; an array, or an object that returns one for a slice of rows (Zarr, HDF5,
+            memmap). methods: from `METHODS`; `attention` has no relevance and is in `attention`. baseline: [D], where
+            the path of integrated gradients begins; zero unless given.
         coefficients: called with method, first row and c [n, T, D] for the rows from there on, in order, for each of
             the methods of `CHAINED`.
         steps: points on the path of integrated gradients.
 
     Raises:
-        ConfigError: a method that is none, or that this aggregator does not have.
-        ModelError: features that do not fit the aggregator, are no numbers, or need more memory than there is.
+        ConfigError: a method does not exist, or this aggregator does not have it. ModelError: the features do not fit
+        the aggregator, are not finite, or need more memory than there is.
     """
     _check(aggregator, features, methods, baseline)
     base = np.zeros(aggregator.feature_dim) if baseline is None else np.asarray(baseline)
@@ -73,10 +73,10 @@ def explain_bag(
 def memory_needed(aggregator: Aggregator, count: int, targets: int = 1) -> int:
     """Return the approximate peak memory for explaining a bag of `count` patches, in bytes.
 
-    In chunks, those of a chunk and a few numbers for each patch; else what autograd keeps of three small bags,
-    extrapolated by the square.
+    In chunks, this is the memory of a chunk and a few numbers for each patch; otherwise, it is what autograd keeps for
+    three small bags, extrapolated by a square.
     """
-    one = next(iter(aggregator.parameters()), torch.zeros(()))  # the module of a user may have none
+    one = next(iter(aggregator.parameters()), torch.zeros(()))  # a user's module may have none
     if isinstance(aggregator, Pooled):
         heads = aggregator(one.new_zeros(1, aggregator.feature_dim)).attention
         return 4 * CHUNK_BYTES + count * 8 * (2 * (1 if heads is None else heads.shape[1]) + 6 * targets)
@@ -84,7 +84,7 @@ def memory_needed(aggregator: Aggregator, count: int, targets: int = 1) -> int:
 
 
 def memory_growth(aggregator: Aggregator) -> tuple[float, ...]:
-    """Return the bytes of autograd for a bag as a polynomial of its patches, see `BagFacts.whole`; () in chunks."""
+    """Return autograd's bytes for a bag as a polynomial of its patches, see `BagFacts.whole`; () if in chunks."""
     if isinstance(aggregator, Pooled):
         return ()
     one = next(iter(aggregator.parameters()), torch.zeros(()))
@@ -93,12 +93,12 @@ def memory_growth(aggregator: Aggregator) -> tuple[float, ...]:
 
 
 def _kept(aggregator: Aggregator, bag: Tensor) -> int:
-    """Return the bytes that autograd keeps of a bag until the backward pass."""
+    """Return the bytes that autograd keeps for a bag until the backward pass."""
     seen: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # an output that its own graph holds would never be freed
+        return tensor.detach()  # an output that is held by its own graph would never be freed
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         keep = aggregator(bag.requires_grad_())
@@ -162,14 +162,14 @@ class _Bag:
         self.relevance = {method: np.empty(sizes) for method in self.methods if method != "attention"}
 
     def tensor(self, values: Any) -> Tensor:
-        """Return values as the network takes them."""
+        """Return values in the form that the network takes."""
         return torch.from_numpy(np.array(values, self.numpy_dtype)).to(self.device)
 
     def block(self, start: int, stop: int) -> Tensor:
-        """Return features of rows from `start` to `stop`.
+        """Return the features of rows from `start` to `stop`.
 
         Raises:
-            ModelError: one of them is no number.
+            ModelError: one of them is not finite.
         """
         block = self.tensor(self.features[start:stop])
         if not bool(torch.isfinite(block).all()):
@@ -206,7 +206,7 @@ class _Bag:
 
 @dataclass
 class _Point:
-    """A bag on the path from the baseline (0) to what it is (1), and what was found of it."""
+    """A bag on the path from the baseline (0) to its actual features (1), and what was found for it."""
 
     at: float
     weight: float = 1.0
@@ -219,7 +219,7 @@ class _Point:
 
 
 class _Lifted:
-    """The features of a bag behind a linear layer, computed where they are asked for."""
+    """The features of a bag after a linear layer, computed on demand."""
 
     def __init__(self, bag: _Bag, layer: nn.Linear) -> None:
         self.bag, self.layer, self.shape = bag, layer, (len(bag.features), layer.out_features)
@@ -234,13 +234,13 @@ class _Lifted:
 
 
 class _PooledBag(_Bag):
-    """A bag of a network that pools by attention, in chunks."""
+    """A bag for a network that pools by attention, in chunks."""
 
     network: Pooled
 
     def explain(self) -> BagExplanation:
         """Return the explanation."""
-        self.head = copy.deepcopy(self.network).double()  # what is left when one of 200,000 goes is in the last digits
+        self.head = copy.deepcopy(self.network).double()  # what is left without one of 200,000 is in the last digits
         self.rows = self._rows()
         whole = _Point(1.0)
         walked = "integrated_gradients" in self.methods and not self._explain_lifted()
@@ -267,7 +267,7 @@ class _PooledBag(_Bag):
         return BagExplanation(self.logits.cpu().numpy(), attention, self.relevance)
 
     def _explain_lifted(self) -> bool:
-        """Explain along the path behind a first linear layer, if there is one: it is straight there, and narrower."""
+        """Explain along the path after a first linear layer, if there is one: it is straight there, and narrower."""
         network = self.network
         if not isinstance(network, AttentionPool) or network.embed.starts or not len(network.embed.layers):
             return False
@@ -285,7 +285,7 @@ class _PooledBag(_Bag):
         return True
 
     def _rows(self) -> int:
-        """Return how many patches make a chunk of about `CHUNK_BYTES`."""
+        """Return the number of patches in a chunk of about `CHUNK_BYTES`."""
         with torch.no_grad():
             none = self.baseline.new_zeros(self.network.critical_count, len(self.baseline))
             scores, values = self.network.instances(self.baseline[None], none)
@@ -304,7 +304,7 @@ class _PooledBag(_Bag):
         return block if point.at == 1 else self.baseline + point.at * (block - self.baseline)
 
     def _pool(self, points: list[_Point], without: int | None = None) -> None:
-        """Find critical patches and weighted means of points, of the whole bag or `without` a row."""
+        """Find critical patches and weighted means of points, for the whole bag or `without` a row."""
         with torch.no_grad():
             if self.network.critical_count:
                 self._choose(points, without)
@@ -354,7 +354,7 @@ class _PooledBag(_Bag):
             point.by_critical.append(found[1])
 
     def _differentiate_critical(self, points: list[_Point]) -> None:
-        """Add to ds/d critical what goes through the scores of all patches."""
+        """Add to ds/d critical what passes through the scores of all patches."""
         for _, block in self._blocks() if self.network.critical_count and points else ():
             for point in points:
                 critical = point.critical.clone().requires_grad_()
@@ -364,7 +364,7 @@ class _PooledBag(_Bag):
                     point.by_critical[t] += found.double()
 
     def _cotangents(self, point: _Point, scores: Tensor, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield ds/dvalues [n, V] and ds/dscores [n, H] of each target."""
+        """Yield ds/dvalues [n, V] and ds/dscores [n, H] for each target."""
         weights = (scores.detach().double() - point.pool.log_sum).exp().to(self.dtype)
         for by_pooled in point.by_pooled:
             narrow, mean = by_pooled.to(self.dtype), (by_pooled * point.pool.mean).sum(dim=1).to(self.dtype)
@@ -426,12 +426,12 @@ class _PooledBag(_Bag):
             self.relevance["shapley"][start:stop] = self._answers(shares) - self._answers(none)
 
     def _answers(self, logits: Tensor) -> NDArray[np.float64]:
-        """Return the targets' scores [n, T] of logits [n, K]."""
+        """Return the targets' scores [n, T] for logits [n, K]."""
         answers = [score(logits).double() for score in self.scores]
         return torch.stack(answers, dim=1).cpu().numpy() if answers else np.empty((len(logits), 0))
 
     def _left(self, start: int, scores: Tensor, values: Tensor, whole: _Point) -> Tensor:
-        """Return the weighted means [n, H, V] that are left without each patch: (z - p_i v_i) / (1 - p_i)."""
+        """Return the weighted means [n, H, V] that remain without each patch: (z - p_i v_i) / (1 - p_i)."""
         weights = (scores.double() - whole.pool.log_sum).exp()[..., None]
         left = (whole.pool.mean - weights * values.double()[:, None]) / (1 - weights)
         for h, row in enumerate(whole.pool.top_row.tolist()):
@@ -453,13 +453,13 @@ class _PooledBag(_Bag):
 
 
 class _WholeBag(_Bag):
-    """A bag of a network that sees all patches at once, by autograd."""
+    """A bag for a network that sees all patches at once, by autograd."""
 
     def explain(self) -> BagExplanation:
         """Return the explanation.
 
         Raises:
-            ModelError: memory does not suffice.
+            ModelError: there is not enough memory.
         """
         self._check_memory(len(self.features))
         bag = self.block(0, len(self.features))

@@ -1,8 +1,8 @@
-"""Files of features: which are of a slide, and the arrays of HDF5, PyTorch and NumPy in them.
+"""Files of features: which belong to a slide, and the arrays of HDF5, PyTorch and NumPy in them.
 
-Files come from strangers, so arrays are held against what they claim before they are read.
-No code of a file runs, links that lead out of it are not followed, and nothing is unpacked beyond a bound. Feature
-vectors stay in their file until they are asked for.
+Files are untrusted, so the claims of arrays are checked before they are read. No code in a file runs, links that lead
+out of it are not followed, and nothing is unpacked beyond a limit. Feature vectors stay in their file until they are
+needed.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ if TYPE_CHECKING:
 
 H5, TORCH, NUMPY = (".h5", ".hdf5"), ".pt", ".npz"
 ENDINGS = (*H5, TORCH, NUMPY)
-COORDINATES, PATCHES = ".coordinates", "_patches"  # what slide2vec and TRIDENT add to the names of coordinates
+COORDINATES, PATCHES = ".coordinates", "_patches"  # what slide2vec and TRIDENT add to the names of coordinate files
 DOUBLE = (".ome",)  # before the ending of a slide
 MAX_FILES = 1_000_000
-MAX_ALIKE = 64  # files that are looked into for a slide
+MAX_ALIKE = 64  # files that are examined for a slide
 MAX_PATCHES = 2_000_000
 MAX_DIMENSIONS = 1 << 16
-MAX_CHUNK_BYTES = 1 << 28  # of HDF5, unpacked
-MAX_TENSOR_PICKLE = 1 << 20  # beside the numbers of a tensor
+MAX_CHUNK_BYTES = 1 << 28  # bytes of an HDF5 chunk, unpacked
+MAX_TENSOR_PICKLE = 1 << 20  # bytes besides the numbers of a tensor
 COPY_BYTES = 1 << 20
-MAX_UNPACKED, MOST_PACKED = 1 << 28, 100  # bytes of what is packed to less than a hundredth: features are like noise
-# gzip, shuffle, checksums, LZF; others would be loaded from plugins.
+MAX_UNPACKED, MOST_PACKED = 1 << 28, 100  # bytes compressed to under a hundredth: features are like noise
+# gzip, shuffle, checksums, LZF; others would be loaded from plugins
 FILTERS = frozenset({1, 2, 3, 32000})
 
 
 class FeatureRows:
-    """Feature vectors [N, D] as float16 or float32, read from their file when they are asked for.
+    """Feature vectors [N, D] as float16 or float32, read from their file on demand.
 
-    Slices, numbers and lists of numbers of patches are answered; each block is checked as it is read.
+    Slices, numbers and lists of patch numbers are accepted; each block is checked as it is read.
     """
 
     ndim = 2
@@ -93,7 +93,7 @@ class FeatureRows:
 
     def _block(self, start: int, stop: int) -> NDArray[Any]:
         try:
-            with np.errstate(over="ignore"):  # of float64: infinite, and so told below
+            with np.errstate(over="ignore"):  # from float64: infinite, which is reported below
                 block = np.asarray(self._read(start, stop)).astype(self.dtype, copy=False)
         except (OSError, RuntimeError, ValueError) as error:
             raise FeatureError(
@@ -115,10 +115,10 @@ class FeatureFolder:
 
     Args:
         place: the folder or file.
-        ids: of all slides of the run: where two have one name, files are told apart by their folders too.
+        ids: those of all slides of the run: if two have the same name, files are distinguished by their folders too.
 
     Raises:
-        FeatureError: it is not there, or no folder on a disk.
+        FeatureError: it does not exist, or is not a folder on a disk.
     """
 
     def __init__(self, place: str | os.PathLike[str], ids: Collection[str] = ()) -> None:
@@ -135,10 +135,10 @@ class FeatureFolder:
         self._shared = {name for name, count in counts.items() if count > 1}
 
     def files_of(self, slide_id: str) -> list[Path]:
-        """Return the files with a slide's name, in the folder of the same name where there are some in it.
+        """Return the files with a slide's name, from the folder of the same name if there are any in it.
 
         Raises:
-            FeatureError: there is none, or it cannot be told of which slide they are.
+            FeatureError: there is none, or it is unclear which slide they belong to.
         """
         if not self.place.is_dir():
             return [self.place]
@@ -179,7 +179,7 @@ def _stem(name: str) -> str:
 
 
 def names_of(slide_id: str) -> list[str]:
-    """Return the names that features of a slide may have, likeliest first."""
+    """Return the names that a slide's features may have, most likely first."""
     last = PurePosixPath(canonical(slide_id)).name
     stem = PurePosixPath(last).stem
     bare = PurePosixPath(stem).stem if PurePosixPath(stem).suffix.lower() in DOUBLE else stem
@@ -190,7 +190,7 @@ def names_of(slide_id: str) -> list[str]:
 
 
 def h5_node(path: Path, group: Any, name: str) -> Any:
-    """Return what a group holds under a name, in the file itself."""
+    """Return what a group contains under a name, in the file itself."""
     import h5py
 
     if not isinstance(group.get(name, getlink=True), h5py.HardLink):
@@ -199,7 +199,7 @@ def h5_node(path: Path, group: Any, name: str) -> Any:
 
 
 def h5_dataset(path: Path, dataset: Any) -> Any:
-    """Return a dataset after a look at what it is and how it is stored; nothing of it is read."""
+    """Return a dataset after checking what it is and how it is stored, without reading it."""
     name = quoted(PurePosixPath(dataset.name).name)
     if dataset.dtype.kind not in "fiu":
         raise FeatureError(f"{path}: {name} holds {dataset.dtype}, expected numbers")
@@ -223,7 +223,7 @@ def h5_dataset(path: Path, dataset: Any) -> Any:
 
 
 def h5_rows(path: Path, dataset: Any, close: Callable[[], None]) -> FeatureRows:
-    """Return the rows of a dataset, which `close` releases."""
+    """Return the rows of a dataset, which their `close` releases."""
     shape, axis = _two_axes(path, dataset.shape)
     if dataset.dtype.kind != "f":
         raise FeatureError(f"{path}: features are {dataset.dtype}, expected floating point numbers")
@@ -237,7 +237,7 @@ def h5_rows(path: Path, dataset: Any, close: Callable[[], None]) -> FeatureRows:
 
 
 def h5_coordinates(path: Path, file: Any) -> NDArray[np.float64] | None:
-    """Read what `coords` holds, float64 [N, 2] as x, y, or [N, 5] with width, height and level."""
+    """Read `coords`, float64 [N, 2] as x, y, or [N, 5] with width, height and level."""
     if "coords" not in file:
         return None
     dataset = h5_node(path, file, "coords")
@@ -248,12 +248,12 @@ def h5_coordinates(path: Path, file: Any) -> NDArray[np.float64] | None:
             f"{path}: coords of {' x '.join(map(str, shape))}, expected [N, 2], or [N, 5] as AtlasPatch writes them, "
             f"of up to {MAX_PATCHES:,} patches"
         )
-    with np.errstate(invalid="ignore"):  # of damaged ones: no numbers, and so told where patches are placed
+    with np.errstate(invalid="ignore"):  # from damaged ones: not finite, which is reported when patches are placed
         return np.asarray(h5_dataset(path, dataset)[()], np.float64).reshape(inner)
 
 
 class Marks:
-    """Attributes of a file and of its coordinates, the last that have them; numbers and short texts alone."""
+    """Attributes of a file and of its coordinates, which take precedence; only numbers and short texts."""
 
     def __init__(self, nodes: Sequence[Any]) -> None:
         self._nodes = nodes[::-1]
@@ -262,19 +262,19 @@ class Marks:
         return any(name in node.attrs for node in self._nodes)
 
     def numbers(self, name: str) -> tuple[float, ...]:
-        """Return up to two numbers; () where there are none."""
+        """Return up to two numbers; () if there are none."""
         value = self._value(name)
         if value is None or np.asarray(value).dtype.kind not in "fiub":
             return ()
         return tuple(float(number) for number in np.ravel(value)[:2])
 
     def number(self, name: str) -> float | None:
-        """Return a number that is finite and not negative."""
+        """Return a finite, non-negative number."""
         found = self.numbers(name)
         return found[0] if found and math.isfinite(found[0]) and found[0] >= 0 else None
 
     def text(self, name: str) -> str:
-        """Return a text; "" where there is none."""
+        """Return a text; "" if there is none."""
         value = self._value(name)
         if not isinstance(value, str | bytes):
             return ""
@@ -291,7 +291,7 @@ class Marks:
 
 
 def _two_axes(path: Path, shape: Sequence[int]) -> tuple[tuple[int, int], int | None]:
-    """Return (N, D) of features, and which axis of length 1 is none: [1, N, D] and [N, 1, D] are written, too."""
+    """Return (N, D) of features, and which axis of length 1 to drop: [1, N, D] and [N, 1, D] occur, too."""
     match shape:
         case count, dimensions:
             return (count, dimensions), None
@@ -307,7 +307,7 @@ def _two_axes(path: Path, shape: Sequence[int]) -> tuple[tuple[int, int], int | 
 
 
 def torch_rows(path: Path) -> FeatureRows:
-    """Return the features in a file of PyTorch: a tensor, or one under the name of features in a dict."""
+    """Return the features in a PyTorch file: a tensor, or one under the name of features in a dict."""
     import torch
 
     from wsi_gradcam.models.sources import saved_problem
@@ -354,7 +354,7 @@ def torch_rows(path: Path) -> FeatureRows:
 def _member(
     path: Path, archive: zipfile.ZipFile, name: str
 ) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype[Any]]]:
-    """Give (stream of the numbers, shape, type) of an array, which may not be of objects."""
+    """Provide (stream of the numbers, shape, type) of an array, which must not contain objects."""
     info = archive.getinfo(f"{name}.npy")
     if info.file_size > MAX_UNPACKED and info.file_size > MOST_PACKED * info.compress_size:
         raise FeatureError(
@@ -385,7 +385,7 @@ def numpy_vector(path: Path, archive: zipfile.ZipFile, name: str) -> NDArray[np.
 
 
 def numpy_rows(path: Path, archive: zipfile.ZipFile, opened: ExitStack) -> FeatureRows:
-    """Return features by way of a temporary file, as packed ones can only be read from the first to the last."""
+    """Return features through a temporary file, because compressed ones can only be read from first to last."""
     with _member(path, archive, "features") as (stream, stored, dtype):
         shape, _ = _two_axes(path, stored)
         if dtype.kind != "f":

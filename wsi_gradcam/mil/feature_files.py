@@ -1,7 +1,7 @@
 """Files of feature vectors: those of TRIDENT, CLAM, STAMP, AtlasPatch and slide2vec are read, the first two written.
 
-A format is recognised by a file's content. Files come from strangers: none of their code runs, links that lead out of a
-file are not followed, and their claims are compared with their content before it is read.
+A format is recognised by a file's content. Files are untrusted: none of their code runs, links that lead out of a file
+are not followed, and their claims are compared with their content before it is read.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from wsi_gradcam.slides.base import content_digest
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-STAMP_EDGE_PX = 1024  # of the areas that STAMP cuts into tiles; those at the slide's edges may reach beyond
+STAMP_EDGE_PX = 1024  # px of the areas that STAMP cuts into tiles; those at the slide's edges may reach beyond
 BLOCK = 4096  # patches that are copied at a time
 
 
@@ -82,9 +82,9 @@ def open_features(
 
     Args:
         place: a folder of features, or a file; a `FeatureFolder` for many slides.
-        slide: the slide that they belong to.
+        slide: the slide to which they belong.
         patch_um, unit, axes, name: see `Settled`.
-        dimensions: the wanted length of feature vectors; if files contain several, those of this length are used.
+        dimensions: the required length of feature vectors; if files contain several, those of this length are used.
         tissue: mask of the whole slide, see `place_patches`.
 
     Raises:
@@ -143,7 +143,7 @@ def _with_features(
             sizes = ", ".join(str(part.features.shape[1]) for part in found if part.features is not None)
             raise FeatureError(f"{found[0].path}: features of {sizes} dimensions, but the model takes {dimensions}")
         found = fitting
-    if len(found) > 1 and len({part.path.parent.parent for part in found}) == 1:  # CLAM writes them as h5 and as pt
+    if len(found) > 1 and len({part.path.parent.parent for part in found}) == 1:  # CLAM writes h5 and pt
         twins = {part.path.parent.name for part in found} == {"h5_files", "pt_files"}
         found = [part for part in found if part.path.suffix in H5] if twins else found
     if len(found) > 1:
@@ -155,7 +155,7 @@ def _with_features(
 
 
 def _with_coordinates(chosen: _Part, parts: Sequence[_Part]) -> _Part:
-    """Return the part that says where the patches of the chosen features lie, their own coordinates first."""
+    """Return the part that has the positions of the chosen features' patches, their own coordinates first."""
     assert chosen.features is not None
     count = len(chosen.features)
     placed = [part for part in parts if part.coordinates is not None]
@@ -191,7 +191,7 @@ def _digest(paths: Collection[Path], boxes: NDArray[np.float64]) -> str:
 
 
 def _look(path: Path, slide: SlideFrame, settled: Settled, opened: ExitStack) -> Iterator[_Part]:
-    """Yield what a file holds; `opened` releases it."""
+    """Yield the parts of a file; `opened` releases it."""
     try:
         check_regular(path)
         if path.suffix.lower() in H5:
@@ -236,7 +236,7 @@ def _look_h5(path: Path, slide: SlideFrame, opened: ExitStack) -> Iterator[_Part
 
 
 def _h5_features(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the datasets of features and their names, which are "" where a file holds but one."""
+    """Yield the datasets of features and their names, which are "" if a file has only one."""
     import h5py
 
     for name in ("features", "feats"):
@@ -253,7 +253,7 @@ def _h5_features(path: Path, file: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _claims(columns: NDArray[np.float64] | None, marks: Marks, slide: SlideFrame) -> Claims:
-    """Return what attributes say, by the rules of the format that has such."""
+    """Return what attributes claim, by the rules of the format that has such attributes."""
     if columns is None:
         return Claims("coordinates")
     if "tile_size_um" in marks or ("tile_size" in marks and marks.text("unit").lower() in MICROMETRES):
@@ -281,7 +281,7 @@ def _stamp(marks: Marks) -> Claims:
 
 
 def _trident(columns: NDArray[np.float64], marks: Marks, slide: SlideFrame) -> Claims:
-    """Return the claims of TRIDENT, and of AtlasPatch, which has its attributes at another place."""
+    """Return the claims of TRIDENT, and of AtlasPatch, which has its attributes elsewhere."""
     size, level0, target = (marks.number(n) for n in ("patch_size", "level0_magnification", "target_magnification"))
     by_magnification = size * level0 / target if size and level0 and target else None
     sides = _square(marks.number("patch_size_level0"), by_magnification)
@@ -303,10 +303,10 @@ def _trident(columns: NDArray[np.float64], marks: Marks, slide: SlideFrame) -> C
 def _of_rows(
     columns: NDArray[np.float64], slide: SlideFrame, stated: tuple[NDArray[np.float64], ...]
 ) -> tuple[NDArray[np.float64], ...]:
-    """Return what patches' sizes may be, where each has (width, height) in pixels of the level it was read from."""
+    """Return the possible sizes of patches if each has (width, height) in pixels of the level it was read from."""
     levels = columns[:, 4].astype(int)
     known = len(columns) > 0 and levels.min() >= 0 and levels.max() < len(slide.downsamples)
-    if not known or (stated and levels.any()):  # sizes in coarser pixels are rounded: what is stated is truer
+    if not known or (stated and levels.any()):  # sizes in coarser pixels are rounded: stated ones are truer
         return stated
     factors = np.array(slide.downsamples)[levels][:, ::-1]
     sides = columns[:, 2:4] * factors
@@ -318,14 +318,13 @@ def _clam(marks: Marks, slide: SlideFrame) -> Claims:
     size, factors = marks.number("patch_size"), marks.numbers("downsample")
     factor = np.array((*factors, *factors)[:2]) if factors else None
     side = None if size is None or factor is None else size * factor
-    again = (
-        marks.number("custom_downsample") or 1.0
-    )  # by which some versions multiply the size, and others have it done
+    # By which some versions multiply the size, while in others it is already multiplied.
+    again = marks.number("custom_downsample") or 1.0
     sides = () if side is None else (side,) if again == 1 else (side, side * again)
     stated, pixels = marks.numbers("downsampled_level_dim"), None
     if len(stated) == 2 and factor is not None:
         whole, actual = np.array(stated) * factor, np.array(slide.shape[::-1])
-        near = np.abs(whole - actual) <= 2 * factor  # by whole pixels of the level
+        near = np.abs(whole - actual) <= 2 * factor  # in whole pixels of the level
         pixels = (int(actual[0]), int(actual[1])) if near.all() else (round(whole[0]), round(whole[1]))
     return Claims("CLAM", "px", sides, slide_px=pixels, by_columns=True)
 
@@ -348,7 +347,7 @@ def _look_numpy(path: Path, opened: ExitStack) -> _Part:
 
 
 def _slide2vec(path: Path, side: NDArray[np.float64] | None, count: int) -> Claims:
-    """Return the claims of the description beside coordinates, and of that beside the features."""
+    """Return the claims of the descriptions beside the coordinates and beside the features."""
     about: dict[str, Any] = {}
     stem = path.name.removesuffix(NUMPY)
     name = stem.removesuffix(COORDINATES)
@@ -370,7 +369,7 @@ def _slide2vec(path: Path, side: NDArray[np.float64] | None, count: int) -> Clai
 
 
 def _flat(value: Any) -> dict[str, Any]:
-    """Return the entries of a document and of the sections in it."""
+    """Return the entries of a document and of its sections."""
     if not isinstance(value, dict):
         return {}
     return value | {key: each for inner in value.values() if isinstance(inner, dict) for key, each in inner.items()}
@@ -401,22 +400,20 @@ def write_trident(
     mpp: float,
     encoder: str,
 ) -> None:
-    """Write features as TRIDENT does, atomically; the same bytes each time.
+    """Write features as TRIDENT does, atomically and with the same bytes each time.
 
-    Magnifications are 10 um divided by the pixel size as it is, not rounded, so that readers who compute the size of
-    patches from them find the true one.
+    Magnifications are 10 um divided by the actual pixel size, not rounded, so that readers that compute the size of
+    patches from them get the true one.
 
     Args:
         place: the file.
         features: [N, D], read by slices.
-        boxes: float64 [N, 4] as of `FeatureBag`.
-        slide: of known pixel size.
-        patch_px, stride_px: side of a patch, and from one to the next, in the encoder's pixels.
-        mpp: micrometres per pixel of the encoder.
-        encoder: its name.
+        boxes: float64 [N, 4] as in `FeatureBag`. slide: the slide, of known pixel size. patch_px, stride_px: side of a
+        patch, and distance to the next, in the encoder's pixels. mpp: micrometres per pixel of the encoder. encoder:
+        its name.
 
     Raises:
-        ConfigError: patches are not squares of one size, as the format has them.
+        ConfigError: patches are not squares of one size, as the format requires.
         StoreError: the file cannot be written.
     """
     side = _one_side(boxes, "TRIDENT")
@@ -437,11 +434,11 @@ def write_trident(
 
 
 def write_clam(place: StoragePathLike, features: Any, boxes: NDArray[np.float64], slide: SlideFrame) -> None:
-    """Write features as CLAM does, float32, atomically; the same bytes each time.
+    """Write features as CLAM does, in float32, atomically and with the same bytes each time.
 
-    CLAM keeps where patches lie in a file of its own. Here both are in one, which it reads as either.
+    CLAM keeps the positions of patches in a separate file. Here both are in one file, which it reads as either.
 
-    Args, Raises: as of `write_trident`.
+    Args, Raises: as for `write_trident`.
     """
     side = round(_one_side(boxes, "CLAM"))
     size = slide.shape[::-1]
@@ -482,7 +479,7 @@ def _write(
         import h5py
 
     count, dimensions = features.shape
-    with tempfile.TemporaryFile() as scratch:  # HDF5 goes back and forth in it
+    with tempfile.TemporaryFile() as scratch:  # HDF5 seeks back and forth in it
         with h5py.File(scratch, "w") as file:
             rows = file.create_dataset(
                 "features", (count, dimensions), real, maxshape=(None, dimensions), chunks=(32, dimensions)

@@ -29,22 +29,22 @@ Pair = tuple[float, float]
 PATCH_UM, UNIT, AXES, NAME = "--feature-patch-um", "--feature-unit", "--feature-axes", "--feature-name"
 MICROMETRES = frozenset({"um", "µm", "μm", "micron", "microns", "micrometer", "micrometre"})
 PIXELS = frozenset({"px", "pixel", "pixels"})
-NEIGHBOURS = 3  # that a lattice is believed from
-STEP_PX = 1.5  # by which rounding moves neighbours apart
-MOST_GAPS = 4  # patches left out between the nearest two of a row
-NEARLY, ENOUGH = 0.1, 20  # px from a whole one, and patches that tell
-NOMINAL = 0.02  # by which a magnification in words and a pixel size may differ
+NEIGHBOURS = 3  # pairs, from which on a lattice is trusted
+STEP_PX = 1.5  # by which rounding may move neighbours apart
+MOST_GAPS = 4  # patches left out between the nearest two in a row
+NEARLY, ENOUGH = 0.1, 20  # px from an integer, and number of patches that is conclusive
+NOMINAL = 0.02  # share by which a nominal magnification and a pixel size may differ
 
 
 @dataclass(frozen=True)
 class SlideFrame:
-    """The slide that features are of.
+    """The slide to which features belong.
 
     Attributes:
-        id: as of its `SlideEntry`.
+        id: as in its `SlideEntry`.
         shape: (height, width) of level 0 in px.
-        mpp: (y, x) micrometres per level-0 px; None where unknown.
-        downsamples: of its levels as (y, x), finest first.
+        mpp: (y, x) micrometres per level-0 px; None if unknown. downsamples: those of its levels as (y, x), finest
+        first.
     """
 
     id: str
@@ -61,11 +61,11 @@ class SlideFrame:
 
 @dataclass(frozen=True)
 class Settled:
-    """The user's statements where files are silent or wrong; None where there is none.
+    """The user's statements for what files leave out or have wrong; None if there is none.
 
     Attributes:
         patch_um: side of a patch in micrometres, `--feature-patch-um`.
-        unit: of the coordinates, "px" of level 0 or "um", `--feature-unit`.
+        unit: unit of the coordinates, "px" of level 0 or "um", `--feature-unit`.
         axes: order of a coordinate's numbers, "xy" or "yx", `--feature-axes`.
         name: which of several features in a file, `--feature-name`.
     """
@@ -85,19 +85,17 @@ class Settled:
 
 @dataclass(frozen=True)
 class Claims:
-    """The claims of files on the positions of patches. Pairs are (x, y) or (width, height), as in the files.
+    """The claims of files about the positions of patches. Pairs are (x, y) or (width, height), as in the files.
 
     Attributes:
-        format: of the files, in words.
-        unit: of coordinates and sides, "px" of level 0 or "um"; None where nothing says it.
-        sides: what a patch's (width, height) may be, float64 [2] or [N, 2], likeliest first.
-        overlap: share of its side that a patch has in common with its neighbour; None where nothing says it.
-        nominal_um: side of a patch if its magnification is taken by the word.
+        format: format of the files, in words. unit: unit of coordinates and sides, "px" of level 0 or "um"; None if not
+        stated. sides: possible (width, height) of a patch, float64 [2] or [N, 2], most likely first. overlap: share of
+        its side that a patch has in common with its neighbour; None if not stated. nominal_um: side of a patch if its
+        magnification is taken literally.
         slide_px: (width, height) of the slide.
         mpp: micrometres per level-0 pixel of the slide.
-        square_mpp: micrometres were made of pixels by the width of a pixel alone.
-        side_unit: of sides, where it is not that of coordinates.
-        by_columns: its program orders patches by x, and those of one x by y.
+        square_mpp: whether micrometres were computed from the width of a pixel alone. side_unit: unit of sides, if it
+        is not that of coordinates. by_columns: whether its program orders patches by x, and those with the same x by y.
         beyond_px: how far outside the slide patches may lie.
     """
 
@@ -119,11 +117,10 @@ class FeatureBag:
     """The patches of a slide.
 
     Attributes:
-        features: [N, D], float16 or float32; read by blocks (`FeatureRows`, or a Zarr array).
+        features: [N, D], float16 or float32; read in blocks (`FeatureRows`, or a Zarr array).
         boxes: float64 [N, 4] as y, x, height, width, level-0 px of the slide.
-        source: the format and file that they come from.
-        notes: a line on each thing that a user should know.
-        digest: changes when the files do, or the places of patches.
+        source: the format and file from which they come. notes: a line about each thing that a user should know.
+        digest: changes when the files or the positions of patches do.
     """
 
     features: Any
@@ -157,15 +154,12 @@ def place_patches(
     settled: Settled,
     tissue: NDArray[np.bool_] | None = None,
 ) -> tuple[NDArray[np.float64], tuple[str, ...]]:
-    """Return the boxes of patches, float64 [N, 4] as of `FeatureBag`, and notes.
+    """Return the boxes of patches, float64 [N, 4] as in `FeatureBag`, and notes.
 
     Args:
-        path: named in messages.
-        coordinates: of the top left corners, float64 [N, 2], in the file's order and unit.
-        claims: what the file says of them.
-        slide: the slide.
-        settled: what the user says.
-        tissue: mask of the whole slide, for a look at which order of axes puts patches on tissue.
+        path: the file, for messages. coordinates: those of the top left corners, float64 [N, 2], in the file's order
+        and unit. claims: what the file says about them. slide: the slide. settled: what the user says. tissue: mask of
+        the whole slide, to find out which order of axes puts patches on tissue.
 
     Raises:
         FeatureError: the geometry is ambiguous, contradicts itself, or is not this slide's.
@@ -198,7 +192,7 @@ def place_patches(
 
 
 def steps(xy: NDArray[np.float64]) -> tuple[float | None, float | None]:
-    """Return the distance of neighbours along x and along y, None where too few stand in one row or column.
+    """Return the distance between neighbours along x and y, None if too few are in the same row or column.
 
     >>> steps(np.array([[x, y] for x in (0.0, 512.0, 1024.0) for y in (0.0, 512.0)]))
     (512.0, 512.0)
@@ -234,7 +228,7 @@ def _check_known(path: object, coordinates: NDArray[np.float64], claims: Claims,
 
 
 def _check_slide(path: object, claims: Claims, slide: SlideFrame, settled: Settled) -> None:
-    """Refuse features that state another size of the slide."""
+    """Refuse features that state a different slide size."""
     height, width = slide.shape
     if claims.slide_px in (None, (width, height)):
         return
@@ -253,7 +247,7 @@ def _check_slide(path: object, claims: Claims, slide: SlideFrame, settled: Settl
 
 
 def _scale(path: object, unit: str | None, claims: Claims, slide: SlideFrame, notes: list[str]) -> NDArray[np.float64]:
-    """Return how many of the file's units a level-0 pixel is, float64 (x, y)."""
+    """Return the size of a level-0 pixel in the file's units, float64 (x, y)."""
     if unit == "px":
         return np.ones(2)
     mpp_y, mpp_x = _mpp(path, slide, "coordinates in micrometres")
@@ -283,7 +277,7 @@ def _sides(
     if not all(np.isfinite(side).all() and (side > 0).all() for side in possible):
         raise FeatureError(f"{path}: the size of its patches is implausible; give their side with {PATCH_UM}")
     apart = steps(xy)
-    if claims.overlap is None and _alike(possible):  # neighbours may be any length apart
+    if claims.overlap is None and _alike(possible):  # neighbours may be any distance apart
         _note_gaps(possible[0], apart, notes)
         return possible[0]
     ranks = {i: rank for i, side in enumerate(possible) if (rank := _gaps(side, apart, claims.overlap or 0.0))}
@@ -328,7 +322,7 @@ def _alike(sides: list[NDArray[np.float64]]) -> bool:
 
 
 def _gaps(side: NDArray[np.float64], apart: Sequence[float | None], overlap: float) -> int:
-    """Return how many steps of patches of that size neighbours are apart, at most; 0 where it is no whole number."""
+    """Return by how many patch sizes neighbours are apart, at most; 0 if it is not an integer."""
     if side.ndim > 1:
         side = np.median(side, axis=0)
     times = [_times(step, size * (1 - overlap)) for step, size in zip(apart, side, strict=True) if step]
@@ -348,7 +342,7 @@ def _note_gaps(side: NDArray[np.float64], apart: Sequence[float | None], notes: 
 def _note_magnification(
     claims: Claims, slide: SlideFrame, side: NDArray[np.float64], apart: Sequence[float | None], notes: list[str]
 ) -> None:
-    """Note a size by a rounded magnification that no lattice bears out."""
+    """Note a size from a rounded magnification that no lattice confirms."""
     if claims.nominal_um is None or slide.mpp is None or any(apart):
         return
     real = claims.nominal_um / slide.mpp[1]
@@ -360,13 +354,13 @@ def _note_magnification(
 
 
 def _by_rows(xy: NDArray[np.float64]) -> bool:
-    """Return True where patches follow one another along x, hardly any along y."""
+    """Return whether patches follow one another along x, and hardly any along y."""
     along_x, along_y = ((np.diff(xy[:, axis]) > 0) & (np.diff(xy[:, 1 - axis]) == 0) for axis in (0, 1))
     return bool(along_x.sum() > max(NEIGHBOURS, 10 * along_y.sum()))
 
 
 def _note_pixels(xy: NDArray[np.float64], claims: Claims, mpp: float, notes: list[str]) -> None:
-    """Note micrometres that are of other pixels than the slide's: some begin at whole ones, of areas of 1,024 px."""
+    """Note micrometres that do not match the slide's pixels: some start at integers, from areas of 1,024 px."""
     tiles = max(1, int(claims.beyond_px * mpp // _width(claims.sides[0]))) if claims.sides else 1
     whole = np.abs(xy - np.round(xy)) < NEARLY
     if len(xy) >= ENOUGH and tiles <= 2 and (whole.mean(axis=0) < 0.7 / tiles).any():
@@ -379,7 +373,7 @@ def _note_pixels(xy: NDArray[np.float64], claims: Claims, mpp: float, notes: lis
 def _check_inside(
     path: object, boxes: NDArray[np.float64], claims: Claims, slide: SlideFrame, settled: Settled, notes: list[str]
 ) -> None:
-    """Refuse patches that lie wholly outside the slide."""
+    """Refuse patches that lie entirely outside the slide."""
     outside = _outside(boxes, slide.shape)
     if not outside.any():
         return
@@ -403,7 +397,7 @@ def _outside(boxes: NDArray[np.float64], shape: tuple[int, int], beyond: float =
     return np.asarray((low | high).any(axis=1))
 
 
-# Tissue in less than half of all patches, and in many more if they are read the other way.
+# Tissue in fewer than half of all patches, and in many more if they are read the other way round.
 LEAST_TISSUE, MORE_TISSUE = 0.5, 0.3
 
 
@@ -413,9 +407,7 @@ def check_on_tissue(
     """Refuse coordinates that lie on glass as they stand and on tissue with x and y swapped.
 
     Args:
-        path: named in messages.
-        boxes: as of `FeatureBag`.
-        name, shape: of the slide.
+        path: the file, for messages. boxes: as in `FeatureBag`. name, shape: those of the slide.
         tissue: mask of the whole slide.
 
     Raises:

@@ -1,8 +1,8 @@
-"""The networks of slide-level models, from a bag of feature vectors to logits, and how relevance goes through them.
+"""The networks of slide-level models, from a bag of feature vectors to logits, and how relevance passes through them.
 
-Those that pool by attention (ABMIL, CLAM, DSMIL) are one network of two parts, what is done with each patch and what
-is done with the pooled whole, so that a bag of any size is worked through in chunks. The state dicts of published
-models are read by `aggregators`.
+Those that pool by attention (ABMIL, CLAM, DSMIL) are one network with two parts, one for each patch and one for the
+pooled whole, so that a bag of any size can be processed in chunks. The state dicts of published models are read by
+`aggregators`.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn import functional as F
 
 from wsi_gradcam.errors import ModelError, one_line, shortened
 
-EPSILON = 1e-8  # of LRP, as in xMIL's code
+EPSILON = 1e-8  # LRP's epsilon, as in xMIL's code
 PINV_STEPS = 6
-TRIED = 7  # patches that a user's module is tried on
+TRIED = 7  # patches on which a user's module is tried
 
 
 class BagOutput(NamedTuple):
-    """What an aggregator says of a bag: logits [K], and attention [N, H], or None where a network has none."""
+    """What an aggregator returns for a bag: logits [K], and attention [N, H] or None if the network has none."""
 
     logits: Tensor
     attention: Tensor | None = None
@@ -32,12 +32,12 @@ class BagOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Rule:
-    """The layers of a network, whose gradient times input is relevance: plain, or by layer-wise relevance propagation.
+    """A network's layers, whose gradient times input is relevance: plain, or by layer-wise relevance propagation.
 
     LRP is as in xMIL (Hense 2024, arXiv 2406.04280): attention and LayerNorm's deviation are constants, and through a
-    linear layer y = z + b, z_k = sum_j w_kj x_j, goes R_j = sum_k w_kj x_j / (z_k + epsilon sign z_k) R_k (Bach 2015).
-    Nothing goes to biases: what a layer's outputs have is what its inputs get. Outputs and their values are the plain
-    ones, whichever the rule.
+    linear layer y = z + b, z_k = sum_j w_kj x_j, R_j = sum_k w_kj x_j / (z_k + epsilon sign z_k) R_k (Bach 2015)
+    passes. Nothing goes to biases: a layer's inputs get exactly what its outputs have. Outputs have the plain values
+    whatever the rule.
     """
 
     lrp: bool = False
@@ -47,18 +47,18 @@ class Rule:
         return self.biased(F.linear(x, layer.weight), layer.bias)
 
     def biased(self, z: Tensor, bias: Tensor | None) -> Tensor:
-        """Return z + bias; by LRP relevance goes through z alone."""
+        """Return z + bias; in LRP, relevance passes only through z."""
         y = z if bias is None else z + bias
         if not self.lrp:
             return y
         return z * (y / (z + torch.where(z >= 0, EPSILON, -EPSILON))).detach()
 
     def fixed(self, x: Tensor) -> Tensor:
-        """Return x; by LRP a constant."""
+        """Return x; in LRP, a constant."""
         return x.detach() if self.lrp else x
 
     def norm(self, layer: nn.LayerNorm, x: Tensor) -> Tensor:
-        """Return a LayerNorm's outputs; by LRP the deviation is a constant, and the bias keeps its own relevance."""
+        """Return a LayerNorm's outputs; in LRP, the deviation is a constant, and the bias keeps its own relevance."""
         if not self.lrp:
             y: Tensor = layer(x)
             return y
@@ -72,9 +72,9 @@ PLAIN, LRP = Rule(), Rule(lrp=True)
 
 
 class Mlp(nn.Module):
-    """Linear layers with ReLU between them, and after the last one too if `ends` is true; without layers the identity.
+    """Linear layers with ReLUs between them, and after the last if `ends` is true; without layers, the identity.
 
-    A class of its own and no nn.Sequential, so that a rule can go through it.
+    This is a class of its own rather than an nn.Sequential, so that a rule can be passed through it.
     """
 
     def __init__(self, layers: Sequence[nn.Linear], ends: bool, starts: bool = False) -> None:
@@ -93,7 +93,7 @@ class Mlp(nn.Module):
 
     @property
     def width(self) -> int | None:
-        """Length of an output; None without layers."""
+        """The length of an output; None without layers."""
         return int(self.layers[-1].out_features) if len(self.layers) else None  # type: ignore[arg-type]
 
 
@@ -102,7 +102,7 @@ class Aggregator(nn.Module):
 
     Attributes:
         feature_dim, class_count: D and K.
-        attention_is: `scores`, which a softmax over the bag makes weights of; `weights` themselves; or None.
+        attention_is: `scores`, which a softmax over the bag turns into weights; `weights` themselves; or None.
     """
 
     feature_dim: int
@@ -115,32 +115,32 @@ class Aggregator(nn.Module):
 
 
 class Pooled(Aggregator):
-    """An aggregator that is a function of the mean of values of patches, weighted with the softmax of their scores.
+    """An aggregator that is a function of the mean of patches' values, weighted by the softmax of their scores.
 
-    Critical patches are those that the network looks at besides: row m of `critical` [M, D] is the patch with the
-    highest `critical_scores`[:, m].
+    The network may also look at critical patches: row m of `critical` [M, D] is the patch with the highest
+    `critical_scores`[:, m].
     """
 
     critical_count = 0
 
     def critical_scores(self, features: Tensor) -> Tensor:
-        """Return [n, M], of which the largest of each column makes a critical patch; M is 0 for most networks."""
+        """Return [n, M]; the largest in each column makes a patch critical. M is 0 for most networks."""
         return features.new_empty((len(features), 0))
 
     def instances(self, features: Tensor, critical: Tensor, rule: Rule = PLAIN) -> tuple[Tensor, Tensor]:
-        """Return scores [n, H] and values [n, V] of patches, each by itself."""
+        """Return scores [n, H] and values [n, V] of patches, each on its own."""
         raise NotImplementedError
 
     def head(self, pooled: Tensor, critical: Tensor, rule: Rule = PLAIN) -> Tensor:
-        """Return logits [..., K] of weighted means of values [..., H, V] and critical patches [..., M, D]."""
+        """Return logits [..., K] from weighted means of values [..., H, V] and critical patches [..., M, D]."""
         raise NotImplementedError
 
     def summands(self) -> Tensor | None:
-        """Return W [K, H, V] where the logits are W times the weighted means, and a constant; None where not."""
+        """Return W [K, H, V] if the logits are W times the weighted means plus a constant; otherwise None."""
         return None
 
     def forward(self, features: Tensor, rule: Rule = PLAIN) -> BagOutput:
-        """Return logits [K] and scores [N, H] of one bag."""
+        """Return logits [K] and scores [N, H] for one bag."""
         chosen = self.critical_scores(features.detach()).argmax(dim=0)
         critical = features[chosen]
         scores, values = self.instances(features, critical, rule)
@@ -149,9 +149,10 @@ class Pooled(Aggregator):
 
 
 class Pool:
-    """The mean of values weighted with the softmax of scores, as a stream; the largest score is held apart.
+    """The mean of values weighted by the softmax of scores, as a stream; the largest score is kept separately.
 
-    So the mean without any one patch is exact too: of the largest it is what is left, all others weigh at most a half.
+    In this way, the mean without any one patch is exact too: without the largest it is what remains, and all others
+    have a weight of at most a half.
     """
 
     def __init__(self) -> None:
@@ -160,7 +161,7 @@ class Pool:
         self.top_row = torch.empty(0, dtype=torch.long)
 
     def add(self, start: int, scores: Tensor, values: Tensor) -> None:
-        """Take scores [n, H] and values [n, V] of the rows from `start` on."""
+        """Add scores [n, H] and values [n, V] of the rows from `start` on."""
         scores, values = scores.detach().double().clone(), values.detach().double()
         best, at = scores.max(dim=0)
         if not self.top.numel():
@@ -199,7 +200,7 @@ class Pool:
 
     @property
     def without_top(self) -> Tensor:
-        """The weighted mean [H, V] of all but the one with the largest score; no numbers where there is no other."""
+        """The weighted mean [H, V] of all but the one with the largest score; not finite if there is no other."""
         return self.rest_value / self.total[:, None]
 
 
@@ -207,7 +208,7 @@ class AttentionPool(Pooled):
     """Attention-based MIL (Ilse 2018, arXiv 1802.04712), CLAM with it (Lu 2021): z_h = sum_i softmax(s_h)_i v_i.
 
     v = embed(f); s = c(tanh(a(v))), gated c(tanh(a(v)) * sigmoid(b(v))); logits = head(z_1, .., z_H). CLAM_MB has a
-    branch of attention for each class, and its head sees each class's own z.
+    attention branch for each class, and its head sees each class's own z.
     """
 
     def __init__(self, embed: Mlp, a: nn.Linear, b: nn.Linear | None, c: nn.Linear, head: Mlp) -> None:
@@ -230,7 +231,7 @@ class AttentionPool(Pooled):
         return logits
 
     def summands(self) -> Tensor | None:
-        """Return the head's weights [K, H, V] where it is one layer."""
+        """Return the head's weights [K, H, V] if it is one layer."""
         if len(self.top.layers) != 1:
             return None
         weight = self.top.layers[0].weight
@@ -241,9 +242,9 @@ class AttentionPool(Pooled):
 class Dsmil(Pooled):
     """Dual-stream MIL (Li 2021, arXiv 2011.08939): a branch of attention for each class, to its critical patch.
 
-    u = embed(f); the critical patch of class k has the largest instance logit c_k = (instance u)_k, or of f itself as
-    in the authors' code; s_ik = q(u_i) . q(u_m(k)) / sqrt(Q); z_k = sum_i softmax(s_k)_i v(u_i); the bag's logits are a
-    linear layer of all z_k, and may be averaged with the critical patches' instance logits.
+    u = embed(f); the critical patch of class k has the largest instance logit c_k = (instance u)_k, or that of f
+    itself, as in the authors' code; s_ik = q(u_i) . q(u_m(k)) / sqrt(Q); z_k = sum_i softmax(s_k)_i v(u_i); the bag's
+    logits are a linear layer of all z_k, and may be averaged with the critical patches' instance logits.
     """
 
     def __init__(
@@ -300,7 +301,7 @@ class Dsmil(Pooled):
         return (logits + self._instance(critical, rule).diagonal(dim1=-2, dim2=-1)) / 2
 
     def summands(self) -> Tensor | None:
-        """Return the bag classifier's weights [K, K, V] where nothing but it makes the logits."""
+        """Return the bag classifier's weights [K, K, V] if the logits come from it alone."""
         if self.norm is not None or self.mean:
             return None
         return self.top.weight.detach().reshape(self.class_count, self.class_count, -1)
@@ -309,8 +310,8 @@ class Dsmil(Pooled):
 class NystromAttention(nn.Module):
     """Self-attention by landmarks (Xiong 2021, arXiv 2102.03902): softmax(Q K~') softmax(Q~ K~')^+ softmax(Q~ K') V.
 
-    Landmarks are means of as many tokens in a row, zeros being put before the first; the pseudo-inverse is iterated
-    (eq. 11). A convolution of V along the tokens, one kernel for each head, is added.
+    Landmarks are means of equally many consecutive tokens, with zeros put before the first; the pseudo-inverse is
+    computed iteratively (eq. 11). A convolution of V along the tokens, with one kernel per head, is added.
     """
 
     def __init__(self, qkv: nn.Linear, out: nn.Linear, conv: nn.Conv2d | None, heads: int, landmarks: int) -> None:
@@ -318,7 +319,7 @@ class NystromAttention(nn.Module):
         self.qkv, self.out, self.conv, self.heads, self.landmarks = qkv, out, conv, heads, landmarks
 
     def forward(self, x: Tensor, rule: Rule = PLAIN) -> tuple[Tensor, Tensor]:
-        """Return the outputs of tokens [n, d], and the weights [heads, n] with which the first token sees all."""
+        """Return the outputs for tokens [n, d], and the weights [heads, n] with which the first token sees all."""
         count = len(x)
         before = -count % self.landmarks
         x = F.pad(x, (0, 0, before, 0))
@@ -338,8 +339,8 @@ class NystromAttention(nn.Module):
 def pseudo_inverse(a: Tensor) -> Tensor:
     """Return the pseudo-inverse of matrices [heads, m, m] by the iteration of Razavi (2014), six steps.
 
-    Z_0 = A' / (|A|_1 |A|_inf), the norms being the largest of all heads, then
-    Z <- Z (13 I - A Z (15 I - A Z (7 I - A Z))) / 4.
+    Z_0 = A' / (|A|_1 |A|_inf), where the norms are the largest of all heads, then Z <- Z (13 I - A Z (15 I - A Z (7 I -
+    A Z))) / 4.
     """
     z = a.mT / (a.abs().sum(dim=-2).max() * a.abs().sum(dim=-1).max())
     eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
@@ -354,7 +355,7 @@ class TransMil(Aggregator):
 
     h = relu(W f), made a square of side ceil(sqrt N) by repeating the first; a class token before it; a block h + A(LN
     h); PPEG, which adds depth-wise convolutions of 7, 5 and 3 over that square; more blocks; the logits are a linear
-    layer of the class token. The square follows the order of patches, not their places.
+    layer of the class token. The square follows the order of patches, not their positions.
     """
 
     attention_is = "weights"
@@ -391,7 +392,7 @@ class TransMil(Aggregator):
             h = self._placed(h, side, rule) if k == 0 else h
         logits = self.top(rule.norm(self.norm, h[0]), rule)
         weights = seen[:, 1 : count + 1].clone()
-        weights[:, : side * side - count] += seen[:, count + 1 :]  # a patch that is there twice
+        weights[:, : side * side - count] += seen[:, count + 1 :]  # a patch that occurs twice
         return BagOutput(logits, weights.T)
 
     def _placed(self, h: Tensor, side: int, rule: Rule) -> Tensor:
@@ -407,7 +408,7 @@ class TransMil(Aggregator):
 
 
 class Opaque(Aggregator):
-    """A program or a module of the user's, of which nothing is known but what it answers."""
+    """A user's program or module, of which only the answers are known."""
 
     attention_is = None
 
@@ -425,7 +426,7 @@ def logits_of(answer: Any, output: str | int | None) -> Tensor:
     """Return the logits among what a module returns.
 
     Raises:
-        ModelError: they cannot be told, or are none of one bag.
+        ModelError: it is unclear which they are, or they are not those of one bag.
     """
     if isinstance(answer, Tensor):
         found: Any = answer
@@ -453,7 +454,7 @@ def opaque(module: nn.Module, source: str, feature_dim: int | None, output: str 
     """Return a user's module as an aggregator, tried on a few patches.
 
     Raises:
-        ModelError: it takes no bags, as [N, D] or as [1, N, D].
+        ModelError: it accepts bags neither as [N, D] nor as [1, N, D].
     """
     if isinstance(module, Aggregator):
         return module

@@ -30,11 +30,12 @@ from wsi_gradcam.models.spec import (
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-NETWORKS = ("abmil", "clam", "dsmil", "transmil")  # written here; their weights are a state dict
+NETWORKS = ("abmil", "clam", "dsmil", "transmil")  # implemented here; their weights are a state dict
 FORMS = (
     f"{', '.join(NETWORKS)}, mil-lab:FOLDER (config.json and model.safetensors), torchscript:FILE or module:function"
 )
-# Bag methods: with coefficients c_i [D], whose product with the features is the relevance, and those of patches alone.
+# Bag methods: those with coefficients c_i [D], whose product with the features is the relevance, and those for patches
+# alone.
 CHAINED = ("integrated_gradients", "gradient_x_input", "lrp")
 BAG_METHODS = (*CHAINED, "one_removed", "shapley")
 SlideActivation = Literal["softmax", "sigmoid", "none", "hazard"]
@@ -45,14 +46,13 @@ class AggregatorSpec(BaseModel):
 
     Attributes:
         source: `abmil`, `clam`, `dsmil`, `transmil`, `mil-lab:FOLDER`, `torchscript:FILE` or `module:function`.
-        weights: the state dict of the first four, beside the model file; of the others it is inside.
-        sha256: of the weights file, else of the file that the source is, else of a function's code.
-        heads, landmarks: of a TransMIL, where its weights do not tell (no `res_conv`) or training changed them; the
-            landmarks are half the width unless given, as in its authors' code.
-        value_activation: what follows DSMIL's `v`, of which versions of its code differ.
-        logits: DSMIL's answer is its `bag` classifier's, or the `mean` of that and the critical patches' own.
-        output, feature_dim: of a program: which of its outputs are the logits (key or place), and the length of a
-            feature vector; found when left out.
+        weights: the state dict of the first four, beside the model file; the others contain it. sha256: that of the
+        weights file, else of the source's file, else of a function's code. heads, landmarks: for a TransMIL, if its
+        weights do not show them (no `res_conv`) or training changed them; the landmarks are half the width unless
+        given, as in its authors' code. value_activation: what follows DSMIL's `v`, in which versions of its code
+        differ. logits: DSMIL's answer is that of its `bag` classifier, or the `mean` of that and the critical patches'
+        own. output, feature_dim: for a program: which of its outputs are the logits (key or position), and the length
+        of a feature vector; detected if left out.
         folder: where relative paths start; not part of the file.
     """
 
@@ -77,12 +77,12 @@ class AggregatorSpec(BaseModel):
 
     @property
     def argument(self) -> str:
-        """The part of `source` behind the kind; all of it for a function."""
+        """The part of `source` after the kind; all of it for a function."""
         return self.source if self.kind == "function" else self.source.partition(":")[2]
 
     @property
     def runs_code(self) -> bool:
-        """True if loading it runs code that is in it."""
+        """Whether loading it runs code that it contains."""
         return self.kind in ("torchscript", "function")
 
     @field_validator("source")
@@ -102,10 +102,9 @@ class SlideModelSpec(BaseModel):
 
     Attributes:
         name: its name in results.
-        encoder: what makes a feature vector of a patch, as in a patch model's file; its output is the vector. None:
-            features come from elsewhere.
-        aggregator: what makes the slide's logits of all feature vectors.
-        classes: names of the logits, in their order; of intervals of time for `hazard`.
+        encoder: the part that turns a patch into a feature vector, as in a patch model's file; its output is the
+            vector. None: features come from elsewhere. aggregator: the part that turns all feature vectors into the
+            slide's logits. classes: names of the logits, in order; for `hazard`, those of time intervals.
         activation: how logits become probabilities; `none` is a regression, `hazard` discrete-time survival.
         license, provenance: kept with the results.
         folder: where relative paths start; not part of the file.
@@ -121,7 +120,7 @@ class SlideModelSpec(BaseModel):
     license: str | None = None
     provenance: Any = None
     folder: Path = Field(default=Path(), exclude=True)
-    _trusted: bool = PrivateAttr(default=False)  # as of `ModelSpec`: no file can say it
+    _trusted: bool = PrivateAttr(default=False)  # as in `ModelSpec`: no file can set it
 
     @field_validator("classes", mode="before")
     @classmethod
@@ -135,21 +134,21 @@ class SlideModelSpec(BaseModel):
 
     @property
     def weights(self) -> str | None:
-        """The aggregator's weights; "random" where the encoder is untrained."""
+        """The aggregator's weights; "random" if the encoder is untrained."""
         return RANDOM if self.encoder is not None and self.encoder.weights == RANDOM else self.aggregator.weights
 
     @property
     def runs_code(self) -> bool:
-        """True if loading the model runs code that is in it: use only models from people you trust."""
+        """Whether loading the model runs code that it contains: use only models from people you trust."""
         return self.aggregator.runs_code or (self.encoder is not None and self.encoder.runs_code)
 
     @property
     def trusted(self) -> bool:
-        """True if the code that it contains may run, see `trusting`."""
+        """Whether the code that it contains may run, see `trusting`."""
         return self._trusted
 
     def trusting(self, trust_code: bool = True) -> SlideModelSpec:
-        """Return the specification with the permission to run code of encoder and aggregator, if it is given."""
+        """Return the specification with permission to run the code of encoder and aggregator, if that is given."""
         if not trust_code or self._trusted:
             return self
         trusted = self.model_copy(update={"encoder": self.encoder and self.encoder.trusting()})
@@ -157,7 +156,7 @@ class SlideModelSpec(BaseModel):
         return trusted
 
     def resolved(self) -> SlideModelSpec:
-        """Return the specification with absolute folders, as workers may run in another one."""
+        """Return the specification with absolute folders, because workers may run in another one."""
         changed: dict[str, Any] = {"folder": self.folder.absolute()}
         for name in ("encoder", "aggregator"):
             part = getattr(self, name)
@@ -165,10 +164,10 @@ class SlideModelSpec(BaseModel):
         return self.model_copy(update=changed)
 
     def check_trusted(self) -> None:
-        """Refuse an aggregator whose loading would run code without permission; the encoder's own check does its.
+        """Refuse an aggregator whose loading would run code without permission; the encoder has its own check.
 
         Raises:
-            ModelError: says how permission is given.
+            ModelError: the message says how to give permission.
         """
         if self.aggregator.runs_code and not self._trusted:
             raise ModelError(
@@ -184,9 +183,8 @@ class BagExplanation:
     Attributes:
         logits: [K], float64.
         attention: `attention`, raw scores, and `attention_weight`, their softmax over the bag, each [N, H]; empty for
-            networks without.
-        relevance: [N, T] by method, in the unit of the slide's logits; no number where a bag of one patch is to lose
-            it.
+            networks without attention. relevance: [N, T] by method, in the unit of the slide's logits; NaN if the only
+            patch of a bag would have to be removed.
     """
 
     logits: NDArray[np.float64]
@@ -194,27 +192,25 @@ class BagExplanation:
     relevance: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
-MAX_REMOVED = 2000  # patches that are removed one by one from a bag that is seen at once
+MAX_REMOVED = 2000  # patches that are removed one by one from a bag that is seen as a whole
 
 
 def whole_bag_bytes(growth: Sequence[float], count: int, length: int, targets: int, itemsize: int = 8) -> int:
-    """Return the bytes, about, of explaining a bag that is seen at once: what autograd keeps, features and gradients.
+    """Return the approximate bytes for explaining a whole bag at once: what autograd keeps, features, gradients.
 
     Args:
         growth: as `BagFacts.whole`.
-        count, length: of patches, and of a feature vector.
+        count, length: the number of patches, and the length of a feature vector.
     """
     return int(max(float(np.polyval(growth, count)), 0.0)) + count * length * itemsize * (2 + targets)
 
 
 def refuse_large_bag(count: int, needed: int, methods: Sequence[str], where: str = "") -> None:
-    """Refuse a bag that an aggregator sees at once and that takes more memory, or time, than is available.
+    """Refuse a bag that an aggregator sees as a whole and that takes more memory, or time, than is available.
 
     Args:
-        count: its patches.
-        needed: bytes of memory.
-        methods: that explain it.
-        where: the slide, as messages begin.
+        count: the number of its patches. needed: bytes of memory. methods: those that explain it. where: the slide,
+        with which messages begin.
 
     Raises:
         BagSizeError: the message says how many bytes it takes.
@@ -265,10 +261,10 @@ def read_slide_model(model: str | Path) -> SlideModelSpec:
 
 
 def slide_model_in(values: Mapping[str, Any]) -> SlideModelSpec:
-    """Return the specification in the values that a run has kept of one, with the `folder` of its file.
+    """Return the specification in the values that a run has stored, with the `folder` of its file.
 
     Raises:
-        ValidationError: they are none of such a model.
+        ValidationError: they are not those of such a model.
     """
     folder = values["folder"]
     parts = {name: {**values[name], "folder": folder} for name in ("encoder", "aggregator") if values.get(name)}
@@ -276,7 +272,7 @@ def slide_model_in(values: Mapping[str, Any]) -> SlideModelSpec:
 
 
 def with_patch_px(spec: ModelSpec | SlideModelSpec, patch_px: tuple[int, int]) -> ModelSpec | SlideModelSpec:
-    """Return a specification whose patches, or those of its encoder, have another size."""
+    """Return a specification whose patches, or those of its encoder, have a different size."""
     if isinstance(spec, ModelSpec):
         return spec.model_copy(update={"patch_px": patch_px})
     encoder = spec.encoder and spec.encoder.model_copy(update={"patch_px": patch_px})
@@ -316,8 +312,8 @@ def _explained(error: ValidationError, of: type[BaseModel]) -> str:
 def slide_probabilities(logits: NDArray[np.floating], activation: SlideActivation) -> NDArray[np.float64]:
     """Return slide logits [..., K] as probabilities of the same shape.
 
-    Of discrete-time survival (`hazard`) the logit of interval k is that of the hazard h_k, and what is returned is the
-    probability to survive it, S_k = prod_{j <= k} (1 - h_j).
+    For discrete-time survival (`hazard`), the logit of interval k is that of the hazard h_k, and the result is the
+    probability of surviving it, S_k = prod_{j <= k} (1 - h_j).
 
     >>> slide_probabilities(np.array([0.0, 0.0]), "hazard").tolist()
     [0.5, 0.25]
