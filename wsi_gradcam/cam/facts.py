@@ -22,9 +22,9 @@ class MethodInfo:
             see `wsi_gradcam.cam.methods`.
         grid: `layer`: a map of the layer's cells; `pixels`: a map of the input's pixels.
         scale: factor from the raw map to the heatmap. `cells`: the number of the map's values, if the raw map sums to
-            (a part of) the logit, so that the heatmap's mean is in logits; `one`: shown as it is. unit: `logit`, if the
-            heatmap's mean is (a part of) the logit; `drop`, the logits that are lost if the place is covered; or
-            `arbitrary`, if the values of two images cannot be compared in logits.
+            (a part of) the logit, so that the heatmap's mean is in logits; `one`: shown as it is.
+        unit: `logit`, if the heatmap's mean is (a part of) the logit; `drop`, the logits that are lost if the place is
+            covered; or `arbitrary`, if the values of two images cannot be compared in logits.
         title: its name in the literature.
     """
 
@@ -65,7 +65,7 @@ class Layout:
 
     Attributes:
         axes: `bkhw`; `bhwk` (Swin); or `bnk`, one token per cell in rows, after `prefix` tokens without a position in
-        the image (ViT).
+            the image (ViT).
         channels, height, width: of the map.
     """
 

@@ -249,7 +249,7 @@ class Layout:
             image: [h, w] or [h, w, c] of the layout's `source_size`, any dtype.
             background: a value or a colour [c].
             soft: fade into the background over `edge_px`, as a picture needs; otherwise each pixel is entirely the
-        image's (where tissue covers at least half of it) or the background's, as labels need.
+                image's (where tissue covers at least half of it) or the background's, as labels need.
 
         Raises:
             ConfigError: if the image does not have the layout's source size.
@@ -311,7 +311,7 @@ def plan_layout(
         source_size: (height, width) of the images to paint, px.
         size: (height, width) of the canvas, px.
         glass_px: least width of the glass along the canvas's border and around each piece; None means 1/32 of the
-        shorter side.
+            shorter side.
         seed: equal seeds give equal layouts.
 
     Raises:

@@ -223,7 +223,7 @@ class Route:
 
     Attributes:
         url: to request; without encryption, the host's name is replaced by its address, since names can lead elsewhere
-        a moment later, and no certificate would show it.
+            a moment later, and no certificate would show it.
         host: the Host header to send then; "" for the URL's own.
         hosts: the hosts to which redirects may lead from there; None if a proxy from the environment does the asking.
     """

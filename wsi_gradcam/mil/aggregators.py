@@ -88,9 +88,10 @@ class LoadedAggregator:
     """An aggregator ready to explain bags.
 
     Attributes:
-        network: in evaluation mode, in float32, with frozen parameters. classes: names of its K logits. digest: sha256
-        of the weights, the source and everything that changes its answers. notes: which parts of its files were used
-        and which were not, one line each.
+        network: in evaluation mode, in float32, with frozen parameters.
+        classes: names of its K logits.
+        digest: sha256 of the weights, the source and everything that changes its answers.
+        notes: which parts of its files were used and which were not, one line each.
     """
 
     network: Aggregator
@@ -180,7 +181,7 @@ def load_aggregator(spec: SlideModelSpec) -> LoadedAggregator:
 
     Raises:
         ModelError: files are missing or not the right ones, weights do not fit (with their names), code is not allowed
-        to run, or the numbers of classes and logits differ.
+            to run, or the numbers of classes and logits differ.
     """
     files = _files(spec)
     check_files(files)

@@ -53,15 +53,16 @@ def explain_bag(
 
     Args:
         features: [N, D], float16 or float32; an array, or an object that returns one for a slice of rows (Zarr, HDF5,
-            memmap). methods: from `METHODS`; `attention` has no relevance and is in `attention`. baseline: [D], where
-            the path of integrated gradients begins; zero unless given.
+            memmap).
+        methods: from `METHODS`; `attention` has no relevance and is in `attention`.
+        baseline: [D], where the path of integrated gradients begins; zero unless given.
         coefficients: called with method, first row and c [n, T, D] for the rows from there on, in order, for each of
             the methods of `CHAINED`.
         steps: points on the path of integrated gradients.
 
     Raises:
-        ConfigError: a method does not exist, or this aggregator does not have it. ModelError: the features do not fit
-        the aggregator, are not finite, or need more memory than there is.
+        ConfigError: a method does not exist, or this aggregator does not have it.
+        ModelError: the features do not fit the aggregator, are not finite, or need more memory than there is.
     """
     _check(aggregator, features, methods, baseline)
     base = np.zeros(aggregator.feature_dim) if baseline is None else np.asarray(baseline)

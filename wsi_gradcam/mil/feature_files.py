@@ -408,9 +408,11 @@ def write_trident(
     Args:
         place: the file.
         features: [N, D], read by slices.
-        boxes: float64 [N, 4] as in `FeatureBag`. slide: the slide, of known pixel size. patch_px, stride_px: side of a
-        patch, and distance to the next, in the encoder's pixels. mpp: micrometres per pixel of the encoder. encoder:
-        its name.
+        boxes: float64 [N, 4] as in `FeatureBag`.
+        slide: the slide, of known pixel size.
+        patch_px, stride_px: side of a patch, and distance to the next, in the encoder's pixels.
+        mpp: micrometres per pixel of the encoder.
+        encoder: its name.
 
     Raises:
         ConfigError: patches are not squares of one size, as the format requires.

@@ -43,8 +43,8 @@ class SlideFrame:
     Attributes:
         id: as in its `SlideEntry`.
         shape: (height, width) of level 0 in px.
-        mpp: (y, x) micrometres per level-0 px; None if unknown. downsamples: those of its levels as (y, x), finest
-        first.
+        mpp: (y, x) micrometres per level-0 px; None if unknown.
+        downsamples: those of its levels as (y, x), finest first.
     """
 
     id: str
@@ -88,14 +88,16 @@ class Claims:
     """The claims of files about the positions of patches. Pairs are (x, y) or (width, height), as in the files.
 
     Attributes:
-        format: format of the files, in words. unit: unit of coordinates and sides, "px" of level 0 or "um"; None if not
-        stated. sides: possible (width, height) of a patch, float64 [2] or [N, 2], most likely first. overlap: share of
-        its side that a patch has in common with its neighbour; None if not stated. nominal_um: side of a patch if its
-        magnification is taken literally.
+        format: format of the files, in words.
+        unit: unit of coordinates and sides, "px" of level 0 or "um"; None if not stated.
+        sides: possible (width, height) of a patch, float64 [2] or [N, 2], most likely first.
+        overlap: share of its side that a patch has in common with its neighbour; None if not stated.
+        nominal_um: side of a patch if its magnification is taken literally.
         slide_px: (width, height) of the slide.
         mpp: micrometres per level-0 pixel of the slide.
-        square_mpp: whether micrometres were computed from the width of a pixel alone. side_unit: unit of sides, if it
-        is not that of coordinates. by_columns: whether its program orders patches by x, and those with the same x by y.
+        square_mpp: whether micrometres were computed from the width of a pixel alone.
+        side_unit: unit of sides, if it is not that of coordinates.
+        by_columns: whether its program orders patches by x, and those with the same x by y.
         beyond_px: how far outside the slide patches may lie.
     """
 
@@ -119,7 +121,8 @@ class FeatureBag:
     Attributes:
         features: [N, D], float16 or float32; read in blocks (`FeatureRows`, or a Zarr array).
         boxes: float64 [N, 4] as y, x, height, width, level-0 px of the slide.
-        source: the format and file from which they come. notes: a line about each thing that a user should know.
+        source: the format and file from which they come.
+        notes: a line about each thing that a user should know.
         digest: changes when the files or the positions of patches do.
     """
 
@@ -157,9 +160,12 @@ def place_patches(
     """Return the boxes of patches, float64 [N, 4] as in `FeatureBag`, and notes.
 
     Args:
-        path: the file, for messages. coordinates: those of the top left corners, float64 [N, 2], in the file's order
-        and unit. claims: what the file says about them. slide: the slide. settled: what the user says. tissue: mask of
-        the whole slide, to find out which order of axes puts patches on tissue.
+        path: the file, for messages.
+        coordinates: those of the top left corners, float64 [N, 2], in the file's order and unit.
+        claims: what the file says about them.
+        slide: the slide.
+        settled: what the user says.
+        tissue: mask of the whole slide, to find out which order of axes puts patches on tissue.
 
     Raises:
         FeatureError: the geometry is ambiguous, contradicts itself, or is not this slide's.
@@ -407,7 +413,9 @@ def check_on_tissue(
     """Refuse coordinates that lie on glass as they stand and on tissue with x and y swapped.
 
     Args:
-        path: the file, for messages. boxes: as in `FeatureBag`. name, shape: those of the slide.
+        path: the file, for messages.
+        boxes: as in `FeatureBag`.
+        name, shape: those of the slide.
         tissue: mask of the whole slide.
 
     Raises:

@@ -46,13 +46,14 @@ class AggregatorSpec(BaseModel):
 
     Attributes:
         source: `abmil`, `clam`, `dsmil`, `transmil`, `mil-lab:FOLDER`, `torchscript:FILE` or `module:function`.
-        weights: the state dict of the first four, beside the model file; the others contain it. sha256: that of the
-        weights file, else of the source's file, else of a function's code. heads, landmarks: for a TransMIL, if its
-        weights do not show them (no `res_conv`) or training changed them; the landmarks are half the width unless
-        given, as in its authors' code. value_activation: what follows DSMIL's `v`, in which versions of its code
-        differ. logits: DSMIL's answer is that of its `bag` classifier, or the `mean` of that and the critical patches'
-        own. output, feature_dim: for a program: which of its outputs are the logits (key or position), and the length
-        of a feature vector; detected if left out.
+        weights: the state dict of the first four, beside the model file; the others contain it.
+        sha256: that of the weights file, else of the source's file, else of a function's code.
+        heads, landmarks: for a TransMIL, if its weights do not show them (no `res_conv`) or training changed them; the
+            landmarks are half the width unless given, as in its authors' code.
+        value_activation: what follows DSMIL's `v`, in which versions of its code differ.
+        logits: DSMIL's answer is that of its `bag` classifier, or the `mean` of that and the critical patches' own.
+        output, feature_dim: for a program: which of its outputs are the logits (key or position), and the length of a
+            feature vector; detected if left out.
         folder: where relative paths start; not part of the file.
     """
 
@@ -103,8 +104,9 @@ class SlideModelSpec(BaseModel):
     Attributes:
         name: its name in results.
         encoder: the part that turns a patch into a feature vector, as in a patch model's file; its output is the
-            vector. None: features come from elsewhere. aggregator: the part that turns all feature vectors into the
-            slide's logits. classes: names of the logits, in order; for `hazard`, those of time intervals.
+            vector. None: features come from elsewhere.
+        aggregator: the part that turns all feature vectors into the slide's logits.
+        classes: names of the logits, in order; for `hazard`, those of time intervals.
         activation: how logits become probabilities; `none` is a regression, `hazard` discrete-time survival.
         license, provenance: kept with the results.
         folder: where relative paths start; not part of the file.
@@ -183,8 +185,9 @@ class BagExplanation:
     Attributes:
         logits: [K], float64.
         attention: `attention`, raw scores, and `attention_weight`, their softmax over the bag, each [N, H]; empty for
-            networks without attention. relevance: [N, T] by method, in the unit of the slide's logits; NaN if the only
-            patch of a bag would have to be removed.
+            networks without attention.
+        relevance: [N, T] by method, in the unit of the slide's logits; NaN if the only patch of a bag would have to be
+            removed.
     """
 
     logits: NDArray[np.float64]
@@ -209,8 +212,10 @@ def refuse_large_bag(count: int, needed: int, methods: Sequence[str], where: str
     """Refuse a bag that an aggregator sees as a whole and that takes more memory, or time, than is available.
 
     Args:
-        count: the number of its patches. needed: bytes of memory. methods: those that explain it. where: the slide,
-        with which messages begin.
+        count: the number of its patches.
+        needed: bytes of memory.
+        methods: those that explain it.
+        where: the slide, with which messages begin.
 
     Raises:
         BagSizeError: the message says how many bytes it takes.

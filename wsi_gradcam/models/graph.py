@@ -1,9 +1,9 @@
 """Any network as a flat graph of operators: eager module, TorchScript or exported program.
 
 The graph can be tapped at every operator (`with_points`) and cut in two (`split`), which neither TorchScript nor
-compiled programs allow. It serves batches of any size if possible (`any_batch`): `x.view(x.size(0), -1)` becomes
-`view(x, [2, -1])` when the operators are recorded for two images, and a program exported without a dynamic batch holds
-the number it was exported with.
+compiled programs allow. It accepts batches of any size if possible (`any_batch`): `x.view(x.size(0), -1)` becomes
+`view(x, [2, -1])` when the operators are recorded for two images, and a program exported without a dynamic batch
+contains the number with which it was exported.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 
-TOLERANCE = 1e-5  # of the largest logit; other kernels sum in another order
+TOLERANCE = 1e-5  # share of the largest logit; other kernels sum in a different order
 
 
 def trace(call: Callable[[Tensor], Tensor], images: Tensor, *, read_values: bool = False) -> fx.GraphModule:
     """Return the operators that `call` runs for `images`, as a graph without in-place operations.
 
-    Tried first with two images, and taken when it also answers for three: it then serves batches of any size.
-    Else the graph is fixed to the size of `images`, see `fixed_batch`.
+    It is traced with two images first, and used if it also works for three: it then accepts batches of any size.
+    Otherwise the graph is fixed to the size of `images`, see `fixed_batch`.
 
-    With `read_values` the call may turn tensors into Python numbers, which the graph then holds: programs of
-    `torch.jit.trace` compute sizes so. Whether it was sizes must be checked with other images.
+    With `read_values`, the call may turn tensors into Python numbers, which the graph then contains: programs from
+    `torch.jit.trace` compute sizes in this way. Whether they were sizes must be checked with other images.
 
     Raises:
         ModelError: the call cannot be traced, or the graph answers differently, for example if random numbers or the
@@ -71,7 +71,7 @@ def agree(graph: Callable[[Tensor], Tensor], call: Callable[[Tensor], Tensor], i
 
 
 def with_points(graph: fx.GraphModule) -> fx.GraphModule:
-    """Return the graph with each operator's result passed through a submodule of its name, for hooks."""
+    """Return the graph with each operator's result passed through a submodule with its name, for hooks."""
     for node in [n for n in graph.graph.nodes if n.op == "call_function"]:
         name = _point_name(graph, node)
         graph.add_submodule(name, Pooled() if _pools(node) else Point())
@@ -83,7 +83,7 @@ def with_points(graph: fx.GraphModule) -> fx.GraphModule:
 
 
 class Point(nn.Module):
-    """Passes on what an operator gave."""
+    """Passes on what an operator returned."""
 
     def forward(self, value: Any) -> Any:
         """Return the value itself."""
@@ -91,14 +91,14 @@ class Point(nn.Module):
 
 
 class Pooled(Point):
-    """Passes on what a pooling operator gave."""
+    """Passes on what a pooling operator returned."""
 
 
 def split(graph: fx.GraphModule, cut: fx.Node) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Return trunk and head of a graph: `head(*trunk(images)) == graph(images)`.
 
-    The head is all that depends on `cut`; the trunk gives the cut's value first, then whatever else the head
-    needs, as where a skip bypasses the cut.
+    The head is everything that depends on `cut`; the trunk returns the cut's value first, then whatever else the head
+    needs, for example if a skip bypasses the cut.
     """
     nodes = list(graph.graph.nodes)
     behind = {cut}
@@ -128,7 +128,7 @@ def _traced(call: Callable[[Tensor], Tensor], images: Tensor, read_values: bool)
             )
     except Exception as error:  # the model's own code may raise anything
         raise ModelError(f"the model cannot be traced operator by operator: {one_line(error)}") from error
-    for node in list(graph.graph.nodes):  # a backbone wrapped in no_grad: the head behind it must have gradients
+    for node in list(graph.graph.nodes):  # a backbone wrapped in no_grad: the head after it must have gradients
         if node.target is torch._C._set_grad_enabled:
             graph.graph.erase_node(node)
     _fold_constants(graph, images.new_empty(0))
@@ -139,7 +139,7 @@ def _traced(call: Callable[[Tensor], Tensor], images: Tensor, read_values: bool)
 def _fold_constants(graph: fx.GraphModule, like: Tensor) -> None:
     """Compute once whatever does not depend on the images, such as attention masks, often filled in place.
 
-    `x.new_zeros(shape)` takes no more from x than type and device, which `like` has too.
+    `x.new_zeros(shape)` uses only the type and device of x, which `like` has too.
     """
     values: dict[fx.Node, Any] = {}
     for node in list(graph.graph.nodes):
@@ -162,7 +162,7 @@ def _fold_constants(graph: fx.GraphModule, like: Tensor) -> None:
 
 
 def _remove_mutations(graph: fx.GraphModule) -> None:
-    """Turn `relu_(x)` into `relu(x)`, and let what used x afterwards use the result."""
+    """Turn `relu_(x)` into `relu(x)`, and let everything that used x afterwards use the result."""
     order = {node: i for i, node in enumerate(graph.graph.nodes)}
     for node in list(order):
         if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.is_mutable:
@@ -191,7 +191,7 @@ def _without_mutation(operator: torch._ops.OpOverload) -> torch._ops.OpOverload:
 
 
 def _point_name(graph: fx.GraphModule, node: fx.Node) -> str:
-    """Return the name users see: `relu__3`, once `relu_`, is `relu_3`, unless there is such a node."""
+    """Return the name that users see: `relu__3`, once `relu_`, is `relu_3`, unless there is such a node already."""
     taken = {other.name for other in graph.graph.nodes} | set(graph._modules)
     plain = node.name.replace("__", "_").removesuffix("_")
     return node.name if plain in taken - {node.name} else plain
@@ -237,7 +237,7 @@ def any_batch(call: Callable[[Tensor], Tensor], images: Tensor) -> fx.GraphModul
     """Return the operators that `call` runs, for batches of any size; `images` are two examples.
 
     Raises:
-        ModelError: the call cannot be traced, or it answers for batches of one size only.
+        ModelError: the call cannot be traced, or it works only for batches of one size.
     """
     try:
         graph = trace(call, images)
@@ -261,10 +261,10 @@ def any_batch(call: Callable[[Tensor], Tensor], images: Tensor) -> fx.GraphModul
 
 
 def free_batch(graph: fx.GraphModule, images: Tensor) -> None:
-    """Replace the number of images in the sizes that views and expansions of a graph are given, in place.
+    """Replace the number of images in the sizes given to views and expansions of a graph, in place.
 
-    A guess from the shapes that come up for `images`, of which there are as many as the graph was made for, and for
-    another number of them: what the graph then gives must be checked.
+    This is a guess from the shapes that occur for `images`, as many as the graph was made for, and for a different
+    number of them: the results of the graph must then be checked.
     """
     with torch.no_grad():
         ShapeProp(graph).propagate(images)
@@ -282,8 +282,8 @@ def free_batch(graph: fx.GraphModule, images: Tensor) -> None:
 class _ViewFreeing(fx.Interpreter):
     """Runs a graph with another number of images than before, and changes the sizes of views on the way.
 
-    Of each value it knows the axis that holds the images, and how many elements of what lies outside of them a step
-    from image to image skips: 1 for [B, ...], 17 for tokens [17, B, ...] and for those as rows [17 B, ...].
+    For each value, it knows the axis of the images, and how many outer elements it has per image: 1 for [B, ...], 17
+    for tokens [17, B, ...] and for those as rows [17 B, ...].
     """
 
     def __init__(self, graph: fx.GraphModule, count: int) -> None:
@@ -346,7 +346,7 @@ def _free_constant(graph: fx.GraphModule, node: fx.Node, batch: fx.Node, count: 
 
 
 def _grows(node: fx.Node, count: int) -> bool:
-    """Return whether an expansion makes a row for each image out of one, as for a class token."""
+    """Return whether an expansion makes a row for each image from a single one, as for a class token."""
     source = _shape(node.args[0])
     return _sizes(node)[0] == count and source[:1] == (1,) and len(source) == len(_sizes(node))
 
@@ -363,14 +363,14 @@ def _shape(node: Any) -> tuple[int, ...]:
 def with_few_rows(graph: fx.GraphModule) -> fx.GraphModule:
     """Return a graph that computes no more tokens than its output reads, for the same output; changes `graph`.
 
-    A transformer's head often reads the class token alone: in its last block all tokens are keys and values, but that
-    one alone is a query, and goes through the projection and the perceptron. What picks a part of an axis is moved
-    ahead of the operators that treat each place of the axis alone. `meta["spared"]` is the number of linear layers that
-    have less to do.
+    A transformer's head often reads only the class token: in its last block, all tokens are keys and values, but only
+    that one needs to be a query and to pass through the projection and the perceptron. The selection of a part of an
+    axis is moved ahead of the operators that treat each place along the axis separately. `meta["spared"]` is the number
+    of linear layers that have less to do.
     """
     spared = 0
     for node in list(graph.graph.nodes):
-        if node.target is aten.dropout.default and not node.args[2]:  # does nothing, and is kept as if it were random
+        if node.target is aten.dropout.default and not node.args[2]:  # does nothing, but is kept as if it were random
             node.replace_all_uses_with(node.args[0])
             graph.graph.erase_node(node)
         if node.target is aten.select.int and isinstance(node.args[2], int) and _ndim(node.args[0]):
@@ -388,7 +388,7 @@ RESHAPES = (aten.view.default, aten.reshape.default)
 
 
 class _Rows:
-    """One place of an axis of a value, which `select` picks, computed from as few as possible of what is before."""
+    """One place along an axis of a value, picked by `select`, computed from as little as possible."""
 
     def __init__(self, graph: fx.GraphModule, select: fx.Node) -> None:
         self._graph = graph.graph
@@ -397,7 +397,7 @@ class _Rows:
         self._spared = 0
 
     def take(self) -> int:
-        """Let the selected place be computed alone if that spares linear layers the others, and return how many."""
+        """Let the selected place be computed alone if that saves work in linear layers, and return in how many."""
         arguments: Any = self._select.args
         source, axis, index = arguments[:3]
         self._index = index % _shape_of(source)[axis]
@@ -408,7 +408,7 @@ class _Rows:
         return self._spared
 
     def _row(self, node: fx.Node, axis: int) -> fx.Node:
-        """Return what gives `node` at the place alone, with an axis of length 1."""
+        """Return the node that computes `node` only at the place, with an axis of length 1."""
         if (node, axis) not in self._made:
             arguments = self._arguments(node, axis) if node.op == "call_function" else None
             if arguments is None:
@@ -420,7 +420,7 @@ class _Rows:
         return self._made[node, axis]
 
     def _arguments(self, node: fx.Node, axis: int) -> list[Any] | None:
-        """Return the arguments that give `node` at the place alone; None where it does not treat each place alone."""
+        """Return the arguments that compute `node` only at the place; None if it mixes places."""
         arguments: list[Any] = list(node.args)
         last = _ndim(node) - 1
         source: Any = arguments[0] if arguments else None
@@ -446,7 +446,7 @@ class _Rows:
         return None if place is None else [self._row(source, place), *arguments[1:]]
 
     def _aligned(self, one: Any, node: fx.Node, axis: int) -> Any:
-        """Return an operand of two that are broadcast."""
+        """Return one of two operands that are broadcast."""
         own = axis - (_ndim(node) - _ndim(one)) if isinstance(one, fx.Node) else -1
         return one if own < 0 or _shape_of(one)[own] == 1 else self._row(one, own)
 

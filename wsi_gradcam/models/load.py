@@ -50,8 +50,8 @@ SOURCES: dict[str, Callable[[ModelSpec], Built]] = {
     "wsinfer": build_wsinfer,
     "hf": build_hf,
 }
-_SEEDED = threading.Lock()  # torch's seed is the process's: networks that are built at once would share one
-BATCH_TOLERANCE = 1e-3  # of the largest logit; kernels for one image differ from those for two by far less
+_SEEDED = threading.Lock()  # torch's seed belongs to the process: networks built at the same time would share it
+BATCH_TOLERANCE = 1e-3  # share of the largest logit; kernels for one image differ from those for two by far less
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ def _transform(spec: ModelSpec, built: Built) -> Transform:
     patch_px = spec.patch_px or built.patch_px
     if patch_px is None:
         raise ModelError(f"{spec.name}: the input size is not known; add 'patch_px: 224' to the model file")
-    plain = spec.scale is not None  # what is known of other values of white says nothing of these
+    plain = spec.scale is not None  # what is known about other values of white says nothing about these
     mean, std = (NO_MEAN, NO_STD) if plain else (built.mean or IMAGENET_MEAN, built.std or IMAGENET_STD)
     scale = spec.scale or built.scale or 1.0
     return make_transform(patch_px, spec.mean or mean, spec.std or std, scale, spec.transform or built.resizing)

@@ -19,7 +19,7 @@ NAMES = ("logits", "out", "output", "outputs", "prediction", "predictions", "pre
 
 
 def unwrapped(network: nn.Module) -> nn.Module:
-    """Return the network inside wrappers that compile it or run it on several devices, at any depth of them."""
+    """Return the network inside wrappers that compile it or run it on several devices, at any depth."""
     while True:
         compiled = getattr(network, "_orig_mod", None)
         if isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
@@ -34,7 +34,7 @@ def unwrap_parts(network: nn.Module) -> nn.Module:
     """Return the network without such wrappers around it or any part of it; changes `network`."""
     network = unwrapped(network)
     for part in list(network.modules()):
-        part._compiled_call_impl = None  # of `part.compile()`: hooks would not run
+        part._compiled_call_impl = None  # from `part.compile()`: hooks would not run
         for name, child in list(part.named_children()):
             if (plain := unwrapped(child)) is not child:
                 setattr(part, name, plain)
@@ -42,12 +42,12 @@ def unwrap_parts(network: nn.Module) -> nn.Module:
 
 
 class LogitsOf(nn.Module):
-    """A network of which one output is taken: by key of a dict, or by place in a tuple or list.
+    """A network with one of its outputs selected: by key of a dict, or by position in a tuple or list.
 
-    The output is given a row for each image: [B], [B, K, 1, 1] and, for a single image, [K] become [B, K].
-    With `output` None the network's only output is taken, for its shape alone. A network that changes its input in
-    place is given `copies`, so that whoever asks twice asks the same. Of a network that ends in a softmax or
-    sigmoid the output is what goes into that, see `separate`.
+    The output is given a row for each image: [B], [B, K, 1, 1] and, for a single image, [K] become [B, K]. With
+    `output` None, the network's only output is used, for its shape alone. A network that changes its input in place is
+    given `copies`, so that the same question gets the same answer. For a network that ends in a softmax or sigmoid, the
+    output is the input of that, see `separate`.
     """
 
     def __init__(
@@ -76,9 +76,9 @@ class LogitsOf(nn.Module):
 
 
 def with_logits(network: nn.Module, images: Tensor, output: str | int | None) -> tuple[nn.Module, Tensor]:
-    """Return a network that gives logits [B, K] for `images`, the given one if it does, and these logits.
+    """Return a network that returns logits [B, K] for `images`, the given one if it does, and these logits.
 
-    `images` stay as they are, also under a network that changes its input in place.
+    `images` are not changed, even by a network that changes its input in place.
 
     Raises:
         ModelError: it is unclear which output is meant, or there is none called `output`.
@@ -94,7 +94,7 @@ def with_logits(network: nn.Module, images: Tensor, output: str | int | None) ->
 
 
 def one_row(network: nn.Module, image: Tensor) -> tuple[nn.Module, Tensor]:
-    """Return the network giving [1, K] for one image too, where it squeezes that to [K]; and these logits."""
+    """Return a network that returns [1, K] for one image even if the given one squeezes it to [K]; and its logits."""
     alone = network(image)
     return (network, alone) if alone.ndim != 1 else (LogitsOf(network, None), as_rows(alone, 1))
 
@@ -106,11 +106,11 @@ def _version(tensor: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Passed:
-    """The last activations of a network, which pass on what goes into them.
+    """The last activations of a network, which now pass on their inputs.
 
     Attributes:
         name: softmax, sigmoid, log_softmax or log_sigmoid.
-        numbers: of its calls, among those with at most `columns` values an image, of which there are `count`.
+        numbers: numbers of its calls, among those with at most `columns` values per image; there are `count` of those.
     """
 
     name: str
@@ -120,12 +120,12 @@ class Passed:
 
     @property
     def activation(self) -> Literal["softmax", "sigmoid"]:
-        """What makes probabilities of the logits."""
+        """The function that turns logits into probabilities, by name."""
         return "softmax" if self.name.endswith("softmax") else "sigmoid"
 
 
-EPSILON = 1e-4  # of a probability
-SCALES = (10.0, -3.0, 0.0, 1000.0)  # of images of noise: logits grow with them, or change sign
+EPSILON = 1e-4  # tolerance of a probability
+SCALES = (10.0, -3.0, 0.0, 1000.0)  # scales of noise images: logits grow with them, or change sign
 ENDS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(dim=1),
     "sigmoid": torch.sigmoid,
@@ -134,7 +134,7 @@ ENDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 SAME = {"expit": "sigmoid", "logsigmoid": "log_sigmoid", "clip": "clamp"}
 BOUNDS = dict.fromkeys(("softmax", "sigmoid", "hardsigmoid", "clamp", "hardtanh"), (0.0, 1.0)) | {"tanh": (-1.0, 1.0)}
-MIXED = 64  # class-like values an image that may be averaged to one
+MIXED = 64  # class-like values per image that may be averaged to one
 END_MEND = "return the values before it, or set 'activation: none' in the model file to explain the outputs as they are"
 
 
@@ -143,7 +143,7 @@ class _Calls(TorchFunctionMode):
 
     Attributes:
         count: how many there were.
-        found: of each its name and the number of its values, where they are not changed.
+        found: the name of each and the number of its values, as long as they are not changed.
     """
 
     def __init__(self, most: int, passed: Sequence[int] = (), end: int | None = None) -> None:
@@ -153,7 +153,7 @@ class _Calls(TorchFunctionMode):
         self.found: list[tuple[str, int]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Call the function, unless its input is passed on or one end of its range given instead."""
+        """Call the function, unless its input is passed on or one end of its range is returned instead."""
         kwargs = kwargs or {}
         name = str(getattr(func, "__name__", "")).partition(".")[0].removeprefix("special_").strip("_")
         name = SAME.get(name, name)
@@ -170,13 +170,13 @@ class _Calls(TorchFunctionMode):
 
 
 def separate(network: nn.Module, images: Tensor, rows: Tensor) -> tuple[nn.Module, Passed | None]:
-    """Return the network that gives logits of one that gives probabilities, and the activations that were left out.
+    """Return the network that returns the logits of one that returns probabilities, and the activations left out.
 
-    `network` gave `rows` [B, K] for `images`. Found by values: outputs that are probabilities, or their logarithms, for
-    noise of several scales, and the calls without which the network gives what they make the same outputs of.
+    `network` returned `rows` [B, K] for `images`. This goes by values: the outputs are probabilities, or their
+    logarithms, for noise of several scales, and they follow from what the network returns without these calls.
 
     Raises:
-        ModelError: it gives probabilities, but their logits cannot be found.
+        ModelError: it returns probabilities, but their logits cannot be found.
     """
     if not _kind(rows):
         return network, None
@@ -208,9 +208,9 @@ def _kind(rows: Tensor) -> str:
 
 
 def _plain_and_traced(network: nn.Module, images: Tensor, sure: bool) -> Iterator[nn.Module]:
-    """Yield the network, and then its graph: activations in parts of TorchScript are not seen otherwise.
+    """Yield the network, and then its graph: activations in parts that are TorchScript are not seen otherwise.
 
-    Making the graph takes a while: it is only made of networks that have such parts or, being `sure`, an activation.
+    Tracing takes a while, so this is done only for networks that have such parts or, if `sure`, an activation.
     """
     yield network
     if not sure and not any(isinstance(part, torch.jit.ScriptModule) for part in network.modules()):
@@ -253,10 +253,10 @@ def _without_end(network: nn.Module, passed: Passed) -> LogitsOf:
 
 
 def _makes(separated: LogitsOf, images: Tensor, rows: Tensor, passed: Passed) -> bool:
-    """Return whether the activation makes the network's outputs of what goes into it."""
+    """Return whether the activation turns its input into the network's outputs."""
     try:
         logits = separated(images)
-    except Exception:  # what follows may want probabilities
+    except Exception:  # what follows may need probabilities
         return False
     if logits.shape != rows.shape or not bool(torch.isfinite(logits).all()):
         return False
@@ -267,7 +267,7 @@ def _check_mixture(network: nn.Module, probes: Sequence[tuple[Tensor, Tensor]], 
     """Refuse averages and other mixtures of probabilities; outputs that merely happen to lie between 0 and 1 may pass.
 
     Raises:
-        ModelError: the outputs are such.
+        ModelError: the outputs are such mixtures.
     """
     images, rows = probes[0]
     varied = any(not torch.allclose(rows, found, atol=EPSILON) for _, found in probes[1:])
@@ -322,11 +322,11 @@ def pick(outputs: Any, output: str | int) -> Tensor:
 def find_output(outputs: Any, count: int) -> str | int | None:
     """Return the key of the logits among a network's outputs for `count` images; None for a single tensor.
 
-    Taken is what bears one of the usual names (`NAMES`), else the only output with a row for each image, else the
-    first of a tuple's if all have equally many columns, as with auxiliary heads.
+    The output with one of the usual names (`NAMES`) is used, else the only one with a row for each image, else the
+    first in a tuple if all have the same number of columns, as with auxiliary heads.
 
     Raises:
-        ModelError: none or several may be meant.
+        ModelError: no output can be meant, or several.
     """
     if isinstance(outputs, Tensor):
         return None

@@ -36,7 +36,7 @@ RANDOM = "random"
 Mean = Annotated[float, Field(ge=0)]
 Deviation = Annotated[float, Field(gt=0)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
-# Of a side of what is read or resized: a batch of such patches is a few GiB, which is refused before it is made.
+# Length of a side that is read or resized: a batch of such patches is a few GiB, which is refused before it is made.
 MAX_SIDE_PX = 8192
 MAX_CLASSES = 100_000
 MAX_FINDINGS = 8  # in a message
@@ -46,9 +46,9 @@ Word = Annotated[str, Field(max_length=1000)]
 
 # The functions that come with the package, the only ones that are called without permission.
 BUNDLED = frozenset({"wsi_gradcam.models.zoo.nets:ihc_dab", "wsi_gradcam.models.zoo.nets:oral_tumour"})
-# Sources that are files or folders; their weights lie inside.
+# Sources that are files or folders and contain their weights.
 FILES = ("torchscript", "export", "wsinfer", "hf")
-# Sources of which loading or running runs what is written in them: TorchScript and exported programs are programs, and
+# Sources whose loading or running executes what is written in them: TorchScript and exported programs are programs, and
 # `torch.export.load` evaluates text in the file.
 RUNS_CODE = ("torchscript", "export", "wsinfer", "function")
 SCRIPT_SUFFIXES = (".pt", ".pth", ".ts", ".torchscript")
@@ -65,8 +65,8 @@ class Resizing(BaseModel):
     Attributes:
         resize: new length of the shorter side, or new (height, width).
         crop: side or (height, width) of the central part that is kept.
-        interpolation: of the resizing, by Pillow.
-        crop_rounds: a crop half a pixel off the middle goes to the even pixel, as torchvision does, or else down.
+        interpolation: interpolation used for resizing, by Pillow.
+        crop_rounds: whether a crop half a pixel off the middle goes to the even pixel, as in torchvision, or else down.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,19 +78,19 @@ class Resizing(BaseModel):
 
 
 class ResizingDown(Resizing):
-    """The same, but crops half a pixel off the middle go down, as in Hugging Face's processors."""
+    """The same, except that crops half a pixel off the middle go down, as in Hugging Face's processors."""
 
     crop_rounds: ClassVar[bool] = False
 
 
 class ModelSpec(BaseModel):
-    """A model file. Keys that are left out are taken from the source if it states them; otherwise their use is refused.
+    """A model file. Keys that are left out are taken from the source if it states them, or else refused on use.
 
     Attributes:
         name: how results name the model.
         source: `timm:NAME`, `torchvision:NAME`, `torchscript:FILE`, `export:FILE.pt2`, `wsinfer:FOLDER`, `hf:FOLDER` or
-            `module:function`, a function without arguments that returns a `torch.nn.Module`. Files lie beside the
-            model file. Where `runs_code` is true, loading needs permission, see `trusting`.
+            `module:function`, a function without arguments that returns a `torch.nn.Module`. Files are beside the model
+            file. If `runs_code` is true, loading needs permission, see `trusting`.
         weights: safetensors or a state dict in .pt/.pth, beside the model file; "random" for untrained weights;
             left out, the source's own (published) weights.
         sha256: of the weights file, else of the one file of a source that is a file, else of a function's code;
@@ -131,7 +131,7 @@ class ModelSpec(BaseModel):
     license: str | None = None
     provenance: Any = None
     folder: Path = Field(default=Path(), exclude=True)
-    _trusted: bool = PrivateAttr(default=False)  # of this process and its workers: no file can say it, none keeps it
+    _trusted: bool = PrivateAttr(default=False)  # for this process and its workers: no file can set or store it
     _is_encoder: bool = PrivateAttr(default=False)
 
     @field_validator("patch_px", mode="before")
@@ -272,7 +272,7 @@ def _kind_of(path: Path, given: str) -> str | None:
     """
     try:
         there, folder = path.exists(), path.is_dir()
-    except (OSError, ValueError):  # no path at all: a name too long, a zero byte
+    except (OSError, ValueError):  # not a path at all: the name is too long, or has a zero byte
         return None
     if there and path.suffix == ".pt2":
         return "export"
@@ -348,7 +348,7 @@ def _from_file(path: Path) -> ModelSpec:
 
 
 def read_values(path: Path) -> dict[str, Any]:
-    """Return the keys and values of a model file, within the limits for documents from strangers.
+    """Return the keys and values of a model file, within the limits for untrusted documents.
 
     Raises:
         ModelError: it cannot be read, or has no keys and values.
@@ -386,7 +386,7 @@ def _validated(values: dict[str, Any], folder: Path, origin: str) -> ModelSpec:
 
 
 def explain_validation(error: ValidationError, keys: Iterable[str] = ()) -> str:
-    """Return Pydantic's findings on one line: key, problem, given value; of many, the first few.
+    """Return Pydantic's findings on one line: key, problem, given value; the first few if there are many.
 
     `keys` are suggested in place of an unknown one.
     """
@@ -397,7 +397,7 @@ def explain_validation(error: ValidationError, keys: Iterable[str] = ()) -> str:
 
 def _finding(error: ErrorDetails, keys: Iterable[str]) -> str:
     message = shortened(error["msg"].removeprefix("Value error, ").removeprefix("Input "), 300)
-    if not error["loc"]:  # of several keys together: the message names them
+    if not error["loc"]:  # for several keys together: the message names them
         return message
     key = shortened(".".join(str(part) for part in error["loc"]), 100)
     if error["type"] == "missing":

@@ -1,4 +1,4 @@
-"""The stain normalisation that a model file asks for: a method, and the stain that tissue is normalised to."""
+"""The stain normalisation that a model file asks for: a method, and the stain to which tissue is normalised."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Lightness = Annotated[float, Field(ge=0, le=100)]
 Chroma = Annotated[float, Field(ge=-128, le=128)]
 
 FORMATS = ("PNG", "JPEG", "TIFF")
-MAX_TARGET_PX = 1 << 26  # of a target's picture: what is more is a slide by mistake
-MEASURED_PX = 1 << 20  # of it, evenly
-MIN_ANGLE_DEG = 3.0  # two stains that are nearer to each other are one
+MAX_TARGET_PX = 1 << 26  # pixels of a target's picture: anything larger is a slide by mistake
+MEASURED_PX = 1 << 20  # pixels of it, evenly spaced
+MIN_ANGLE_DEG = 3.0  # two stains that are closer to each other are one
 
 
 class MacenkoTarget(BaseModel):
@@ -73,8 +73,8 @@ class StainSpec(BaseModel):
 
     Attributes:
         method: macenko, reinhard or none.
-        target: the stain that tissue is normalised to: a picture beside the model file, or the method's numbers; left
-            out, published ones.
+        target: the stain to which tissue is normalised: a picture beside the model file, or the method's numbers;
+            published ones if left out.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,7 +93,7 @@ class StainSpec(BaseModel):
 
 
 def stain_target(spec: StainSpec | None, folder: Path) -> Stain | None:
-    """Return the stain that tissue is normalised to; None to change nothing. A picture lies in `folder`.
+    """Return the stain to which tissue is normalised; None to change nothing. Pictures are relative to `folder`.
 
     Raises:
         ModelError: the picture cannot be read, or shows no stain.
@@ -119,7 +119,7 @@ def _pixels(path: Path) -> NDArray[np.uint8]:
         check_regular(path)
         with Image.open(path, formats=FORMATS) as picture:
             if picture.format == "JPEG":
-                from wsi_gradcam.slides.tiff_streams import check_jpeg  # not above: a client stays thin
+                from wsi_gradcam.slides.tiff_streams import check_jpeg  # not imported above: a client stays thin
 
                 check_jpeg(path.read_bytes())
             if picture.mode != "RGB" or picture.width * picture.height > MAX_TARGET_PX:

@@ -32,13 +32,13 @@ RESAMPLING = {
 
 @dataclass(frozen=True)
 class Transform:
-    """Resize, crop, scale, subtract, divide: in this order, each left out where it changes nothing.
+    """Resize, crop, scale, subtract, divide: in this order, each left out if it changes nothing.
 
     Attributes:
         patch_px: (height, width) of what is read from the slide.
-        resize_px: (height, width) the patch is resized to; None where it is not.
-        interpolation: of the resizing, by Pillow, which widens the filter where it makes smaller (antialiasing).
-        crop: (y, x, height, width) of the part that goes on, in pixels after resizing; None for all.
+        resize_px: (height, width) to which the patch is resized; None if it is not.
+        interpolation: interpolation used for resizing, by Pillow, which widens the filter to reduce (antialiasing).
+        crop: (y, x, height, width) of the part that is kept, in pixels after resizing; None for all.
         scale: white before `mean` is subtracted: 1 for values of 0..1, 255 for 0..255.
         mean, std: of RGB, in units of `scale`.
     """
@@ -67,9 +67,9 @@ class Transform:
     def __call__(self, rgb: Tensor) -> Tensor:
         """Turn uint8 [B, H, W, 3] into float32 [B, 3, h, w] on the same device.
 
-        Patches are those that were read, or what `resized` made of them. Without resizing they may have any size that
-        holds the crop. Resized pixels are rounded to 8 bits, as Pillow does and so torchvision on PIL images; those
-        are then treated by torchvision's very sums.
+        Patches are as read, or as returned by `resized`. Without resizing, they may have any size that contains the
+        crop. Resized pixels are rounded to 8 bits, as by Pillow and hence by torchvision on PIL images; then
+        torchvision's exact arithmetic is applied.
         """
         if self.resize_px is None:
             return self._normalised(self._cropped(rgb))
@@ -93,10 +93,10 @@ class Transform:
         return rgb[:, y : y + height, x : x + width]
 
     def resized(self, patch: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """Return a patch uint8 [H, W, 3] in the size of `resize_px`; itself where that is None.
+        """Return a patch uint8 [H, W, 3] in the size of `resize_px`, or itself if that is None.
 
         Raises:
-            ModelError: it is of another size than `patch_px`.
+            ModelError: its size is not `patch_px`.
         """
         if self.resize_px is None:
             return patch
@@ -109,7 +109,7 @@ class Transform:
 @lru_cache(maxsize=64)
 def _constant(values: Triple, device: torch.device, factor: float | None = None) -> Tensor:
     """Return a number for each colour, [3, 1, 1], copied to a device once: a copy for each batch would wait for it."""
-    with torch.inference_mode(False):  # also for a caller in it: another may want gradients
+    with torch.inference_mode(False):  # even for a caller in inference mode: another may want gradients
         constant = torch.tensor(values)[:, None, None].to(device)
         return constant if factor is None else constant * factor
 
@@ -139,7 +139,7 @@ def make_transform(
 
 
 def resized_px(size: int | Size, patch_px: Size) -> Size:
-    """Return (height, width) after resizing to `size`: of the shorter side, or both.
+    """Return (height, width) after resizing to `size`, the length of the shorter side or of both.
 
     >>> resized_px(224, (350, 500)), resized_px((224, 200), (350, 500))
     ((224, 320), (224, 200))

@@ -417,7 +417,8 @@ def blend_boxes(
         boxes: float64 [n, 4], y, x, height, width in level-0 px.
         values: float32 [n].
         stride: level-0 px per heatmap pixel.
-        block: in heatmap pixels. window: as for `Enlarger`.
+        block: in heatmap pixels.
+        window: as for `Enlarger`.
 
     Raises:
         ConfigError: a patch is smaller than a heatmap pixel.

@@ -51,8 +51,9 @@ class SlidePlan:
         mask_digest: digest of the file that says which part is explained; "" if there is none.
         stain: normalises the stain of the patches, if the model needs this and there are patches.
         tissue_rule: the version of the rule that found the tissue; 1 if an older version of the program did. A slide
-        that was planned keeps its patches. bounds: (y, x, height, width) of the part of level 0 that was scanned, if
-        the file records a part; () if it does not. None in results of older versions.
+            that was planned keeps its patches.
+        bounds: (y, x, height, width) of the part of level 0 that was scanned, if the file records a part; () if it does
+            not. None in results of older versions.
         mask_frame: what the mask was drawn on, "slide" or "bounds", on a slide with such bounds; else "".
         notes: what a user should know about the slide.
         features: digest of the features that were made elsewhere and of the places of their patches; "" for others.
@@ -186,8 +187,8 @@ class SlideOutcome:
 
     Attributes:
         status: OK or NO_TISSUE.
-        patches, unreadable: number of patches, and of those that could not be read. cause: the most frequent reason why
-        patches could not be read; "" if all could.
+        patches, unreadable: number of patches, and of those that could not be read.
+        cause: the most frequent reason why patches could not be read; "" if all could.
         notes: what else a user should know, see `SlidePlan.notes`.
     """
 
@@ -209,8 +210,8 @@ class SlideDone:
         files: sha256 of the other files, by file name: the plan, all metadata of the stores, the table, the pictures.
         arrays: digests of the patch store's arrays that no span writes, by name.
         slide: the slide's id.
-        made_with: digest of the model and the settings, see `run_files.made_with`. answer: the slide's logit by class,
-    for slide-level models.
+        made_with: digest of the model and the settings, see `run_files.made_with`.
+        answer: the slide's logit by class, for slide-level models.
 
     Older versions wrote fewer files, and none of the attributes after `files`.
     """

@@ -46,7 +46,8 @@ class Mark:
         outline: of the region, or of the patch, (y, x) in level-0 px; the last point is joined to the first.
         patch: number of the patch, if one is marked; None for a region.
         text: free text.
-        by: who made it, by the name they gave. made: when, in UTC, in ISO 8601.
+        by: who made it, by the name they gave.
+        made: when, in UTC, in ISO 8601.
     """
 
     id: str

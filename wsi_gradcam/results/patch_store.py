@@ -47,7 +47,7 @@ class SpanData:
         cams: float32 [n, targets, h, w], raw and signed.
         status: uint8 [n], OK or UNREADABLE; an unreadable patch has zeros.
         blur: float32 [n], see `wsi_gradcam.tissue.quality.measure_blur`; NaN for an unreadable patch. Empty if an older
-        version did not measure it.
+            version did not measure it.
     """
 
     logits: NDArray[np.float32]

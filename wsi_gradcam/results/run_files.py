@@ -387,8 +387,8 @@ class RunRecord:
     """run.yaml for those who read results.
 
     Attributes:
-        run_digest: digest of everything on which results depend, besides the slide. settings: by name, see
-    `wsi_gradcam.Settings`; those that an older version did not have are missing.
+        run_digest: digest of everything on which results depend, besides the slide.
+        settings: by name, see `wsi_gradcam.Settings`; those that an older version did not have are missing.
         choice: engine and precision; None if an older version wrote it.
         is_slide_level: whether the model answers for whole slides.
     """

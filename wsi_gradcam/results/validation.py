@@ -170,9 +170,11 @@ class _Run:
 
     Attributes:
         findings, notes: see `Validation`.
-        old: names of what an older version made, of which not everything can be checked. values, record: the content of
-    run.yaml. rows: those of slides.csv. slides: those of slides.jsonl. out, remote_slides: where the results are, and
-    whether slides at URLs may be requested.
+        old: names of what an older version made, of which not everything can be checked.
+        values, record: the content of run.yaml.
+        rows: those of slides.csv.
+        slides: those of slides.jsonl.
+        out, remote_slides: where the results are, and whether slides at URLs may be requested.
     """
 
     def __init__(self, folder: RunFolder, data: bytes, remote_slides: bool) -> None:

@@ -53,8 +53,8 @@ class RunSession:
 
     Args:
         out: the folder that is claimed.
-        listener: is notified of what happens. slide_rows: a function that returns the slides that have ended, for the
-        report: rows as in slides.csv, by slide
+        listener: is notified of what happens.
+        slide_rows: a function that returns the slides that have ended, for the report: rows as in slides.csv, by slide
             id.
         log_tasks: whether each task has a line in the log.
         place: where the log, status and report are kept: for an audit a folder in `out`, else `out` itself.
@@ -246,7 +246,8 @@ class Command:
         entries: the slides, with their ids.
         remarks: lines on what the search for slides left out.
         settings: of the run.
-        listener: is notified of what happens. overwrite, retry_failed, log_tasks: as for `wsi_gradcam.api.explain`.
+        listener: is notified of what happens.
+        overwrite, retry_failed, log_tasks: as for `wsi_gradcam.api.explain`.
         executor: opens the executor.
     """
 

@@ -96,9 +96,9 @@ class Progress:
     Attributes:
         slides: number of slides.
         ended: slides by how they ended.
-        skipped: of these, those that had ended before this run. patches: patches to be done in the slides planned so
-        far; `patches_done` of them are done. to_encode: patches that a slide-level model sees once more, before all
-        else; `encoded` of them are done.
+        skipped: of these, those that had ended before this run.
+        patches: patches to be done in the slides planned so far; `patches_done` of them are done.
+        to_encode: patches that a slide-level model sees once more, before all else; `encoded` of them are done.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

@@ -212,8 +212,9 @@ class ThroughputBars:
     """Patches per second over time.
 
     Attributes:
-        heights: heights of the bars, in per cent of the highest. highest: patches per second of the highest bar. bar_s:
-        seconds that a bar represents.
+        heights: heights of the bars, in per cent of the highest.
+        highest: patches per second of the highest bar.
+        bar_s: seconds that a bar represents.
     """
 
     heights: Sequence[float]
@@ -248,8 +249,9 @@ def run_page(
     """Return the page of a run, as UTF-8.
 
     Args:
-        status: the run's status at its end. rows: the rows of `slides.csv` by slide id, or similar ones. path_of:
-        returns the path of a slide's folder, relative to OUT.
+        status: the run's status at its end.
+        rows: the rows of `slides.csv` by slide id, or similar ones.
+        path_of: returns the path of a slide's folder, relative to OUT.
     """
     listed = list(rows.items())[:LISTED]
     is_audit, numbers = status.facts.work == AUDIT, status.numbers

@@ -53,10 +53,12 @@ class RunFacts:
         run: its id.
         begun: when it began, UTC.
         command: the command line, URLs without secrets.
-        engine: what runs the network, and its precision. settings: the run's settings, as plain values. dashboard:
-        address of a page that shows the work; "" if there is none.
+        engine: what runs the network, and its precision.
+        settings: the run's settings, as plain values.
+        dashboard: address of a page that shows the work; "" if there is none.
         work: explain, audit or evidence.
-        notes: what was done to explain the model. remarks: what the search for slides left out.
+        notes: what was done to explain the model.
+        remarks: what the search for slides left out.
     """
 
     run: str
@@ -124,7 +126,8 @@ class WorkerStatus:
     Attributes:
         tasks, patches, seconds: sums of the tasks done.
         waited_s, model_s, read_s: seconds that the model waited for pixels and worked, and that threads read slides.
-        patches_per_s: the mean rate. model, waiting, reading: the same times as shares of the time since then, 0 to 1.
+        patches_per_s: the mean rate.
+        model, waiting, reading: the same times as shares of the time since then, 0 to 1.
         at_once: the most patches in a forward pass, if memory did not hold a batch; 0 if it did.
     """
 
@@ -174,8 +177,8 @@ class RunNumbers:
 
     Attributes:
         patches_per_s: over the last minutes.
-        left_s: seconds that the rest will take; None if that is not known yet. retries: failed attempts at tasks that
-        were repeated.
+        left_s: seconds that the rest will take; None if that is not known yet.
+        retries: failed attempts at tasks that were repeated.
     """
 
     elapsed_s: float
@@ -309,9 +312,11 @@ class ObservedRun:
 
     Attributes:
         out: the folder that it works on.
-        state: as seen now: a run that does not say that it has ended, but is no longer alive, was killed. status: what
-        it wrote last; None if it has not written yet. holder: who holds the claim; None if nobody does. report: where
-        its report is; "" if there is none. audit: the audit of the run, if there is one.
+        state: as seen now: a run that does not say that it has ended, but is no longer alive, was killed.
+        status: what it wrote last; None if it has not written yet.
+        holder: who holds the claim; None if nobody does.
+        report: where its report is; "" if there is none.
+        audit: the audit of the run, if there is one.
     """
 
     out: str

@@ -216,7 +216,7 @@ def finish_slide(context: Context[Workload], entry: SlideEntry) -> SlideOutcome:
 
     Raises:
         ResumeError: some pieces are not this run's; they are forgotten, so that running again recomputes them.
-    SlideFormatError: the slide's file was replaced meanwhile.
+        SlideFormatError: the slide's file was replaced meanwhile.
     """
     run, folder = context.run, context.folder(entry)
     manifest, store, heatmap = Manifest(folder.manifest), PatchStore(folder.cams), HeatmapStore(folder.heatmap)

@@ -133,8 +133,8 @@ class OmeZarrSlide:
         """Return the pixels of `region` of `level` as RGB uint8 [height, width, 3]; outside the slide: white.
 
         Raises:
-            SlideReadError: a chunk cannot be decoded, or is missing where zarr would fill in black. SlideAccessError: a
-            remote image can no longer be reached.
+            SlideReadError: a chunk cannot be decoded, or is missing where zarr would fill in black.
+            SlideAccessError: a remote image can no longer be reached.
         """
         return pad_with_background(region, self._info.levels[level], WHITE, partial(self._pixels, level))
 

@@ -154,7 +154,7 @@ def detect_vendor(path: Path) -> str | None:
 
     Raises:
         SlideFormatError: DICOM whose sequences are nested too deeply for a recursive parser; MIRAX that claims more of
-        something than OpenSlide could allocate, which would end the process.
+            something than OpenSlide could allocate, which would end the process.
     """
     if _is_dicom(path):
         _check_nesting(path)

@@ -102,8 +102,8 @@ class Batch:
 
     Attributes:
         start: index of the first in the span.
-        rgb: uint8 [n, height, width, 3], as treated; an unreadable patch is zeros and must not be used. measures:
-        float32 [n], what the treatment measured; NaN for an unreadable patch.
+        rgb: uint8 [n, height, width, 3], as treated; an unreadable patch is zeros and must not be used.
+        measures: float32 [n], what the treatment measured; NaN for an unreadable patch.
         causes: error messages of unreadable patches, by their index in the batch.
         read_s: seconds that threads spent on the readable patches.
     """
@@ -169,7 +169,8 @@ class PatchReader:
         patch_px: (height, width) of the patches that are read.
         batch_size: patches in a batch.
         treat: turns pixels as read into what a batch holds, uint8 of one size, and measures them; called by the reading
-        threads. pool: threads that read several slides; None: threads of its own, which a remote slide always gets.
+            threads.
+        pool: threads that read several slides; None: threads of its own, which a remote slide always gets.
         empty: makes the array for a batch, given its shape.
     """
 

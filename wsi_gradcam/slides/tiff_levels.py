@@ -76,7 +76,8 @@ class TiffLevel:
         samples: numbers per pixel, stored in each tile or plane by plane.
         jpegtables: the tables that the tiles share, if they are JPEG.
         check: raises a ValueError for the bytes of a piece that would unpack to more than its tile; None if the decoder
-        itself stops there. decode_piece: tifffile's decoder for this page.
+            itself stops there.
+        decode_piece: tifffile's decoder for this page.
         decode_jpeg: a faster and stricter decoder for JPEG; None for other codecs.
         decode_reduced: decodes pieces at a reduced size; None if that is not possible.
         to_rgb: turns decoded samples [h, w, samples] into uint8 [h, w, 3].

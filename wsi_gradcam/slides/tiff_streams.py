@@ -52,7 +52,7 @@ class Stream:
         height, width: in px; the height is 0 if the decoder is given it.
         samples: the most samples that a pixel can have.
         header: number of bytes that determine all this: another stream that begins with them claims the same. 0 if
-        there is no such number.
+            there is no such number.
     """
 
     height: int

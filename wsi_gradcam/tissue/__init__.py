@@ -57,8 +57,9 @@ class Patches:
 
     Attributes:
         yx: int64 [n, 2], level-0 px of the top left corners.
-        tissue: float32 [n], share of the patch, as far as it lies on the slide, that is tissue to be explained. pen:
-    float32 [n], the same for ink. glass: float32 [n], the same for what is neither tissue nor ink.
+        tissue: float32 [n], share of the patch, as far as it lies on the slide, that is tissue to be explained.
+        pen: float32 [n], the same for ink.
+        glass: float32 [n], the same for what is neither tissue nor ink.
     """
 
     yx: NDArray[np.int64]

@@ -76,8 +76,8 @@ def shadow_mask(
 
     Args:
         rgb: uint8 [h, w, 3], about 8 um per pixel.
-        glass: the colour of bare glass, against which grey is judged. smallest_px: fewer connected pixels than this are
-    ignored.
+        glass: the colour of bare glass, against which grey is judged.
+        smallest_px: fewer connected pixels than this are ignored.
     """
     low = _density(rgb[..., 0], glass[0])
     high = low.copy()

@@ -159,10 +159,13 @@ class SentBatch:
     """Tasks of a slide in flight, or waiting to be sent again.
 
     Attributes:
-        positions: positions of the tasks' results among the slide's. number: the batch's number among the slide's.
-    attempt: how often they failed for a transient reason. alone: whether they run alone in their process now, because
-    workers died while they were in flight. trials: how often they were sent to run alone. begun: how often a worker has
-    begun them alone, and died. avoid: address of a worker that could not do them.
+        positions: positions of the tasks' results among the slide's.
+        number: the batch's number among the slide's.
+        attempt: how often they failed for a transient reason.
+        alone: whether they run alone in their process now, because workers died while they were in flight.
+        trials: how often they were sent to run alone.
+        begun: how often a worker has begun them alone, and died.
+        avoid: address of a worker that could not do them.
     """
 
     running: RunningSlide
@@ -264,8 +267,9 @@ class BatchLimits:
     """The most that may be in flight.
 
     Attributes:
-        batches: number of batches. seconds: seconds of work in each. ahead: slides are planned as long as fewer batches
-    for the model than this are in flight or waiting as spans.
+        batches: number of batches.
+        seconds: seconds of work in each.
+        ahead: slides are planned as long as fewer batches for the model than this are in flight or waiting as spans.
     """
 
     batches: Pools[int]

@@ -53,7 +53,8 @@ class BatchResult:
 
     Attributes:
         worker: address of the worker that performed it.
-        results: those of the first tasks, as many as succeeded. error: that of the next task; None if none failed.
+        results: those of the first tasks, as many as succeeded.
+        error: that of the next task; None if none failed.
         may_succeed: whether that task may succeed a moment later, or on another worker.
     """
 

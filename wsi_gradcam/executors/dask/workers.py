@@ -60,8 +60,9 @@ class Workers:
     """The workers at one moment.
 
     Attributes:
-        addresses: the addresses of all workers. needs: resources that a batch asks for. able: how many batches each
-    worker with those resources runs at once, by its address.
+        addresses: the addresses of all workers.
+        needs: resources that a batch asks for.
+        able: how many batches each worker with those resources runs at once, by its address.
         slots: how many batches can run at once on all workers together.
         missing: what is missing, and how to fix it; empty if nothing is.
     """

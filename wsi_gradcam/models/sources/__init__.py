@@ -60,7 +60,7 @@ State = Mapping[str, Tensor]
 
 
 def plain_dtype(code: str, *more: bool) -> np.dtype[Any]:
-    """Return the type of NumPy's numbers that a pickle names; a type of its own may have any size.
+    """Return the type of NumPy numbers that a pickle names; a custom type may have any size.
 
     Raises:
         ValueError: it is not a numeric type.
@@ -71,23 +71,23 @@ def plain_dtype(code: str, *more: bool) -> np.dtype[Any]:
     return found
 
 
-# What NumPy's numbers are made of in pickles, under the names of NumPy 1 and 2.
+# What NumPy numbers consist of in pickles, under the names of NumPy 1 and 2.
 NUMBERS: list[Any] = [
     *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
     (plain_dtype, "numpy.dtype"),
     *(type(np.dtype(code)) for code in "?bhilqBHILQefd"),
 ]
-# Where training scripts keep what they train, the likeliest first: of several that fit, the first is taken.
+# Where training scripts keep what they train, most likely first: the first one that fits is used.
 PLACES = ("", "state_dict", "model_state_dict", "model", "net", "network", "module", "weights", "params")
-# Averages over training steps, and models that follow another: taken where nothing else fits.
+# Averages over training steps, and models that follow another: used only if nothing else fits.
 AVERAGES = re.compile(
     r"(^|[._])(ema|swa|averaged?|shadow|teacher|polyak)(?=[._]|$)|ema_?model|model_?ema", re.IGNORECASE
 )
-# What wrappers (torch.compile, FSDP, checkpointing of activations) put between the parts of a name.
+# What wrappers (torch.compile, FSDP, activation checkpointing) insert between the parts of a name.
 WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 MAX_NESTED = 4  # dicts in dicts
-MAX_PARTS = 12  # of a name, that may be its prefix
-MAX_PREFIXES = 32  # that are tried
+MAX_PARTS = 12  # parts of a name that may be its prefix
+MAX_PREFIXES = 32  # prefixes that are tried
 NAMED = 3  # names in a message
 MAX_OF_HEAD = 4  # tensors of a classifier
 SAVE_ANEW = (
@@ -107,18 +107,18 @@ MAX_PEEKED = 4 << 20  # bytes
 def load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> tuple[str, ...]:
     """Load the weights in a file into a network; return notes on which parts of the file were used.
 
-    Of a checkpoint the state dict is found that fits as it is, or without one prefix before its names. The names behind
-    that prefix must be the network's, all of them; other names are left out, and told. Of several that fit, the plain
-    weights are taken before averages of them.
+    In a checkpoint, the state dict is searched for that fits as it is, or without one prefix before its names. All
+    names after that prefix must be the network's; other names are left out and reported. If several fit, plain weights
+    are preferred to averages.
 
     Raises:
-        ModelError: the file holds no such weights, or several, or objects that are not loaded.
+        ModelError: the file contains no such weights, or several, or objects that are not loaded.
     """
     own = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
     states = states_in(path)
     matches = [match for place, state in states for match in _matches(own, place, state)]
     fitting = sorted((match for match in matches if match.fits), key=lambda match: match.rank)
-    if not fitting and len(states) > 1:  # parts in dicts of their own
+    if not fitting and len(states) > 1:  # parts in separate dicts
         whole = {f"{place}.{name}".lstrip("."): value for place, state in states for name, value in state.items()}
         fitting = [match for match in _matches(own, "", whole) if match.fits]
     if not fitting:
@@ -138,15 +138,15 @@ def load_weights(module: nn.Module, path: Path, spec: ModelSpec) -> tuple[str, .
 
 @dataclass(frozen=True, eq=False)
 class Match:
-    """Weights of a file compared with a network.
+    """A file's weights compared with a network.
 
     Attributes:
-        place: of the state dict in the file.
-        prefix: before each of its names that is the network's.
+        place: place of the state dict in the file.
+        prefix: prefix of each of its names that belongs to the network.
         renamed: tensors by the network's names, as far as it has them.
-        missing, unexpected, reshaped: the network's names that are not there; names behind the prefix that it does not
-            have; names of tensors of another shape.
-        left: names beside the prefix, which are not used.
+        missing, unexpected, reshaped: the network's names that are missing; names after the prefix that it does not
+            have; names of tensors with another shape.
+        left: names without the prefix, which are not used.
     """
 
     place: str
@@ -159,23 +159,23 @@ class Match:
 
     @property
     def fits(self) -> bool:
-        """True if the network gets all of its weights, and all behind the prefix are its own."""
+        """Whether the network gets all of its weights, and all names after the prefix are its own."""
         return not (self.missing or self.unexpected or self.reshaped)
 
     @property
     def where(self) -> str:
-        """The place and the prefix in one word."""
+        """The place and the prefix in a single name."""
         return ".".join(filter(None, (self.place, self.prefix.removesuffix("."))))
 
     @property
     def rank(self) -> tuple[bool, int]:
-        """A measure of what is meant, the smallest first."""
+        """A measure of how likely it is meant; smaller is likelier."""
         known = PLACES.index(self.place) if self.place in PLACES else len(PLACES)
         return bool(AVERAGES.search(self.where)), known
 
     @property
     def score(self) -> tuple[int, int]:
-        """A measure of how near to the network it is."""
+        """A measure of how close it is to the network."""
         return len(self.renamed) - len(self.reshaped), -len(self.unexpected)
 
     def same_as(self, other: Match) -> bool:
@@ -199,7 +199,7 @@ class Match:
 
 
 def _matches(own: State, place: str, state: State) -> Iterator[Match]:
-    """Yield the state dict held against the network, with each prefix that could be meant, and as it is."""
+    """Yield the state dict compared with the network, with each prefix that could be meant, and as it is."""
     plain = {WRAPPERS.sub("", name): value for name, value in state.items()}
     wrapped = len(plain) < len(state) or any(WRAPPERS.search(name) for name in own)
     given = state if wrapped or plain.keys() == state.keys() else plain
@@ -222,14 +222,14 @@ def _matches(own: State, place: str, state: State) -> Iterator[Match]:
 def _held(
     own: State, wanted: State, state: State, place: str, prefix: str, added: str, copies: tuple[str, ...]
 ) -> Match:
-    """Return the match behind one prefix; `copies` are prefixes of whole other networks behind it."""
+    """Return the match after one prefix; `copies` are prefixes of whole other networks after it."""
     inside = {
         name.removeprefix(prefix): value
         for name, value in state.items()
         if name.startswith(prefix) and not (copies and name.startswith(copies))
     }
     beside = [name for name in state if not name.startswith(prefix) or (copies and name.startswith(copies))]
-    # A head that was trained beside a backbone has no prefix.
+    # A head that was trained on a backbone has no prefix.
     found = {**{name: state[name] for name in beside if name in wanted}, **inside}
     renamed: dict[str, Tensor] = {f"{added}{name}": value for name, value in found.items() if name in wanted}
     return Match(
@@ -244,12 +244,12 @@ def _held(
 
 
 def _needed(own: State) -> list[str]:
-    """Return the names that must be there: counters of training steps, which old checkpoints lack, change nothing."""
+    """Return the names that must be present: counters of training steps, which old checkpoints lack, do not matter."""
     return [name for name in own if name.rpartition(".")[2] != "num_batches_tracked"]
 
 
 def _misfit(matches: Sequence[Match], own: State, path: Path, spec: ModelSpec) -> str:
-    """Return the message for weights that do not fit: in words, or the names of the nearest."""
+    """Return the message for weights that do not fit: in words, or with the names of the closest match."""
     best = max(matches, key=lambda match: match.score)
     start = f"{spec.name}: {path} does not fit {spec.source}"
     if not (best.missing or best.unexpected) and (outputs := _outputs(best, own)):
@@ -276,7 +276,7 @@ def _misfit(matches: Sequence[Match], own: State, path: Path, spec: ModelSpec) -
 
 
 def _outputs(match: Match, own: State) -> tuple[int, int] | None:
-    """Return the numbers of outputs of checkpoint and network, where these alone differ."""
+    """Return the numbers of outputs of checkpoint and network, if these alone differ."""
     pairs = {(tuple(match.renamed[name].shape), tuple(own[name].shape)) for name in match.reshaped}
     numbers = {(found[:1], wanted[:1]) for found, wanted in pairs}
     if len(numbers) != 1 or any(found[1:] != wanted[1:] or not found for found, wanted in pairs):
@@ -291,13 +291,13 @@ def _some(names: Sequence[str]) -> str:
 
 
 def states_in(path: Path, numbers: bool = False) -> list[tuple[str, State]]:
-    """Return the dicts of tensors in a file by their places; pickles are read by torch's restricted unpickler only.
+    """Return the dicts of tensors in a file by their places; pickles are read only by torch's restricted unpickler.
 
     Args:
-        numbers: take a file that also holds NumPy's numbers (a loss, a score), each type allowed by its name.
+        numbers: accept a file that also contains NumPy numbers (a loss, a score), whose types are allowed by name.
 
     Raises:
-        ModelError: it is damaged, or holds objects or no tensors.
+        ModelError: it is damaged, contains objects, or contains no tensors.
     """
     with torch.serialization.safe_globals(NUMBERS if numbers else []):
         content = _read(path)
@@ -322,7 +322,7 @@ def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except Exception as error:  # damaged files raise many kinds
+        except Exception as error:  # damaged files raise many kinds of errors
             raise ModelError(f"{path}: not a safetensors file: {one_line(error)[:300]}; is it damaged?") from error
     if is_torchscript(path):
         raise ModelError(
@@ -345,19 +345,19 @@ def _read(path: Path) -> Any:
         raise ModelError(f"{path}: {what}; {SAVE_ANEW}") from error
 
 
-MAX_PICKLE = 8 << 20  # bytes of what names and describes tensors; 10,000 of them take one MiB
+MAX_PICKLE = 8 << 20  # bytes of the names and descriptions of tensors; 10,000 of them take one MiB
 ZIP = b"PK\x03\x04"
 WITH_ROOM = "holds a bytearray, which is not a tensor"
-ROOM = b"bytearray"  # the one thing besides tensors of which torch's restricted unpickler makes any number of bytes
+ROOM = b"bytearray"  # the only thing besides tensors from which torch's restricted unpickler makes any number of bytes
 
 
 def saved_problem(path: Path, most: int = MAX_PICKLE) -> str:
     """Return why a PyTorch file claims more than it contains; "" if it does not, or is damaged.
 
-    `torch.save` packs nothing, and what describes the tensors is short: at most `most` bytes.
+    `torch.save` does not compress, and its description of the tensors is short: at most `most` bytes.
     """
     with suppress(zipfile.BadZipFile, NotImplementedError, KeyError, zlib.error), path.open("rb") as file:
-        if file.read(len(ZIP)) != ZIP:  # by which torch tells the formats apart, too; the older one is a pickle
+        if file.read(len(ZIP)) != ZIP:  # torch, too, distinguishes the formats by this; the older one is a pickle
             return WITH_ROOM if _finds_room(file) else ""
         try:
             archive = open_zip(file)
@@ -384,9 +384,9 @@ def _finds_room(file: BinaryIO) -> bool:
 
 
 def _objects(path: Path, error: Exception) -> str:
-    """Return the names of the objects for which torch refused a pickle; nothing of them is loaded."""
+    """Return the names of the objects for which torch refused a pickle, without loading anything."""
     names: list[str] = []
-    with suppress(Exception):  # of files in torch's older format, and damaged ones
+    with suppress(Exception):  # for files in torch's older format, and damaged ones
         names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
     if not names:
         names = re.findall(r"(?:GLOBAL|class) ([\w.]+)", str(error))[:1]
@@ -394,7 +394,7 @@ def _objects(path: Path, error: Exception) -> str:
 
 
 def is_lightning(path: Path) -> bool:
-    """Return whether a file is a checkpoint of Lightning, of which nothing is unpickled."""
+    """Return whether a file is a Lightning checkpoint, without unpickling anything."""
     with (
         suppress(OSError, ValueError, zipfile.BadZipFile, NotImplementedError, KeyError),
         open_zip(path) as archive,

@@ -1,10 +1,10 @@
-"""`hf:FOLDER`: folders as on the Hugging Face hub, of timm or transformers: config.json and weights in safetensors.
+"""`hf:FOLDER`: folders as on the Hugging Face hub, for timm or transformers: config.json and safetensors.
 
 Nothing is downloaded, no code in the folder is run, and no pickle is read.
 
-Patches are read from the slide at the size of the network's input and go in as they are. The declared resize and
-centre crop are for photographs of any size: of a patch larger by the cropped margin they would keep just these pixels.
-With another `patch_px` they are carried out.
+Patches are read from the slide at the size of the network's input and used as they are. The declared resize and centre
+crop are meant for photographs of any size: from a patch larger by the cropped margin, they would keep just these
+pixels. With another `patch_px`, they are carried out.
 """
 
 from __future__ import annotations
@@ -103,19 +103,19 @@ def build_hf(spec: ModelSpec) -> Built:
 
 MAX_HEADER = 16 << 20  # bytes that name the tensors of a file; a network of 10,000 takes one MiB
 MAX_LAYERS = 1000
-LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|repeats?)$")  # keys whose numbers are of layers
+LAYERS = re.compile(r"(^|_)(layers?|depths?|blocks?|repeats?)$")  # keys whose numbers are numbers of layers
 
 
 def _check_bounds(folder: Path, config: dict[str, Any], spec: ModelSpec) -> None:
-    """Refuse whatever would take long to build or read.
+    """Refuse anything that would take long to build or read.
 
     Raises:
-        ModelError: more layers, or a longer list of tensors, than networks have.
+        ModelError: there are more layers, or a longer list of tensors, than networks have.
     """
     for path in folder.glob("*.safetensors"):
         with path.open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
-        if MAX_HEADER < size <= path.stat().st_size:  # the library refuses what is longer than its file
+        if MAX_HEADER < size <= path.stat().st_size:  # the library refuses anything longer than its file
             raise ModelError(f"{spec.source}: {path.name}: a header of {size:,} bytes, expected at most {MAX_HEADER:,}")
     waiting: list[tuple[str, Any]] = [("", config)]
     while waiting:
@@ -183,7 +183,7 @@ def _build_timm(folder: Path, config: dict[str, Any], spec: ModelSpec) -> Built:
 
 
 def weights_file(folder: Path, spec: ModelSpec) -> Path:
-    """Return the one file of weights in a folder.
+    """Return the only weights file in a folder.
 
     Raises:
         ModelError: there is none, or several.
@@ -227,7 +227,7 @@ INTERPOLATIONS: dict[int, Interpolation] = {
     4: "box",
     5: "hamming",
 }
-# Transformers would take these from elsewhere, or run other code than its own.
+# Transformers would fetch these from elsewhere, or run code other than its own.
 REFUSED = {"adapter_config.json": "an adapter", "quantization_config": "quantised weights"}
 
 
@@ -235,7 +235,7 @@ def _build_transformers(folder: Path, config: dict[str, Any], spec: ModelSpec) -
     """Build the classifier in a folder, with its classes and its image processor's transform.
 
     Raises:
-        ModelError: it is none, or transformers is not installed.
+        ModelError: it is not a classifier, or transformers is not installed.
     """
     transformers = _import(spec)
     for name, what in REFUSED.items():
@@ -273,7 +273,7 @@ def _load(transformers: Any, folder: Path, spec: ModelSpec) -> Any:
 
     _check_size(untrained, folder, spec)
     try:
-        # Attention by plain operators: the configuration may name kernels that would be fetched.
+        # Attention with plain operators: the configuration may name kernels that would be downloaded.
         module, report = transformers.AutoModelForImageClassification.from_pretrained(
             folder,
             local_files_only=True,
@@ -349,7 +349,7 @@ def _declared(processor: Any) -> Resizing:
 
 
 def _side(size: Any) -> Any:
-    """Return the shorter side, or (height, width), of transformers' ways of giving a size; None for others."""
+    """Return the shorter side, or (height, width), from transformers' ways of giving a size; None for others."""
     given = dict(size or {})
     if given.get("height") and given.get("width"):
         return (given["height"], given["width"])

@@ -1,8 +1,8 @@
 """`torchscript:FILE` and `export:FILE.pt2`: programs, which are followed into a graph of operators. Loading runs them.
 
-`torch.export.load` unpickles with `weights_only=False` in places (torch 2.14: weights and constants that are not
-plain, and sample inputs where the safe way fails), and evaluates symbolic sizes. The first is forbidden here: tensors
-are all that may come out of a pickle, and archives with other objects or compiled libraries are refused unread.
+`torch.export.load` unpickles with `weights_only=False` in places (torch 2.14: weights and constants that are not plain,
+and sample inputs if the safe way fails), and evaluates symbolic sizes. The former is forbidden here: only tensors may
+come out of a pickle, and archives with other objects or compiled libraries are refused unread.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def read_source(path: Path, spec: ModelSpec) -> tuple[bytes, str]:
     """Return the bytes of a source's file and their sha256, checked against the specification's.
 
     Raises:
-        ModelError: no such file, another checksum, or weights from elsewhere are wanted.
+        ModelError: there is no such file, it has another checksum, or separate weights are requested.
     """
     if spec.weights is not None:
         raise ModelError(f"{spec.source}: the weights are in the file; leave out 'weights: {spec.weights}'")
@@ -58,7 +58,7 @@ def read_source(path: Path, spec: ModelSpec) -> tuple[bytes, str]:
 
 
 def sample_images(spec: ModelSpec, patch_px: tuple[int, int] | None, resizing: Resizing | None = None) -> Tensor:
-    """Return two pictures of noise of the size that the network sees, float32 [2, 3, h, w].
+    """Return two noise images of the size that the network sees, float32 [2, 3, h, w].
 
     Raises:
         ModelError: the size is not known.
@@ -71,14 +71,14 @@ def sample_images(spec: ModelSpec, patch_px: tuple[int, int] | None, resizing: R
 
 
 def as_network(program: nn.Module, images: Tensor, spec: ModelSpec, mend: str) -> fx.GraphModule:
-    """Return the program as an ordinary network that gives logits [B, K], with a layer for each operator.
+    """Return the program as an ordinary network that returns logits [B, K], with a layer for each operator.
 
     Raises:
         ModelError: it fails on `images`, or cannot be followed; `mend` says how to make a file that can.
     """
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what programs say of themselves, such as that they return tuples
+            warnings.simplefilter("ignore")  # what programs report about themselves, such as that they return tuples
             network, _ = with_logits(program, images, spec.output)
             graph = any_batch(network, images)
         _keep_parameters(graph, program)
@@ -92,7 +92,7 @@ def as_network(program: nn.Module, images: Tensor, spec: ModelSpec, mend: str) -
 
 
 def _keep_parameters(graph: fx.GraphModule, program: nn.Module) -> None:
-    """Make parameters of the constants that are parameters of the program; of all, where it is frozen and has none."""
+    """Turn constants that are the program's parameters into parameters; all of them if it is frozen and has none."""
     weights = {parameter.data_ptr() for parameter in program.parameters()}
     for name, value in list(graph.named_buffers(recurse=False)):
         if value.is_floating_point() and (not weights or value.data_ptr() in weights):
@@ -120,7 +120,7 @@ def cause_of(error: BaseException) -> str:
 
 
 def channels_wanted(error: Exception) -> int | None:
-    """Return the number of channels that the first convolution takes, if it complains of that."""
+    """Return the number of channels that the first convolution takes, if it complains about that."""
     text = str(error)
     if " channels, but got 3 channels" not in text:
         return None
@@ -158,7 +158,7 @@ def load_script(path: Path, content: bytes) -> nn.Module:
     """Return the TorchScript program in a file's bytes, in evaluation mode and float32; loading it runs code in it.
 
     Raises:
-        ModelError: it is none, or damaged.
+        ModelError: it is not a TorchScript program, or damaged.
     """
     if not is_torchscript(path):
         raise ModelError(
@@ -167,7 +167,7 @@ def load_script(path: Path, content: bytes) -> nn.Module:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that torch.jit is deprecated is not the user's to mend
+            warnings.simplefilter("ignore")  # that torch.jit is deprecated is nothing that the user can fix
             module: nn.Module = torch.jit.load(io.BytesIO(content), map_location="cpu")  # type: ignore[no-untyped-call]
             return module.eval().float()
     except Exception as error:  # damaged files raise many kinds
@@ -175,14 +175,12 @@ def load_script(path: Path, content: bytes) -> nn.Module:
 
 
 EXPORT_AGAIN = "export it from model.eval() with dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)"
-TOLERANCE = (
-    1e-3  # of the largest value; kernels differ with the batch, and a wrong guess gives something else altogether
-)
+TOLERANCE = 1e-3  # share of the largest value; kernels differ with the batch, and a wrong guess differs far more
 FORBIDDEN = ("custom_obj", "opaque_obj", "aotinductor")
 
 
 def build_export(spec: ModelSpec) -> Built:
-    """Build the program in a file, with the input size it was exported for."""
+    """Build the program in a file, with the input size for which it was exported."""
     assert spec.source_path is not None
     content, digest = read_source(spec.source_path, spec)
     program = _load_exported(spec.source_path, content)
@@ -232,7 +230,7 @@ def _input(spec: ModelSpec, program: ExportedProgram) -> tuple[int | None, tuple
 def _unbound(spec: ModelSpec, program: ExportedProgram, images: Tensor, count: int) -> nn.Module:
     """Return the program for batches of any size, tested against the original.
 
-    Most networks are the same program for any number of images but for that number. Where it is not so, the program
+    Most networks are the same program for any number of images, apart from that number. If that is not so, the program
     is refused: a layer that runs several times for a batch could not be explained.
     """
     free: Any = program.module(check_guards=False)
@@ -350,7 +348,7 @@ class Config(BaseModel):
 
 
 def build_wsinfer(spec: ModelSpec) -> Built:
-    """Build the model in a folder, with all that its configuration says.
+    """Build the model in a folder, with everything that its configuration states.
 
     Raises:
         ModelError: a file is missing or cannot be used.
@@ -381,7 +379,7 @@ def read_config(path: Path, source: str) -> Config:
     """Read the configuration in a file.
 
     Raises:
-        ModelError: it is missing, or not as WSInfer's schema wants it.
+        ModelError: it is missing, or does not conform to WSInfer's schema.
     """
     try:
         return Config.model_validate(read_json(read_file(path, MAX_BYTES)))

@@ -5,8 +5,8 @@ weights unless the specification names others.
 
 A function runs the code of its module.
 
-Models are told apart by a digest of that source code: of its module and of what it imports of the same project. Where
-that code lies is found without importing anything, so that a digest can be compared before it runs.
+Models are distinguished by a digest of that source code: of its module and of what it imports from the same project.
+The code is located without importing anything, so that a digest can be compared before it runs.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 def code_digest(module: str, file: str | None) -> str:
     """Return the sha256 of a module's file and of those it imports from its own package or folder.
 
-    Read from the files, not from what happens to be loaded: every process must find the same.
+    It is read from the files, not from what happens to be loaded: every process must get the same.
     """
     files = project_files(module, file)
     if len(files) < 2:
@@ -74,7 +74,7 @@ def project_files(module: str, file: str | None) -> dict[Path, str]:
 
 
 def _belongs(name: str, parts: list[str], root: Path) -> bool:
-    """Return whether a module is of the same project: the same package, or beside a module that is in none."""
+    """Return whether a module belongs to the same project: the same package, or beside a module that is in none."""
     if len(parts) > 1:
         return name.split(".")[0] == parts[0]
     return root.name not in ("site-packages", "dist-packages")
@@ -86,7 +86,7 @@ def _file_of(root: Path, name: str) -> Path | None:
 
 
 def _imported(path: Path, module: str) -> Iterator[str]:
-    """Yield the modules that a file may import: of `from a import b` both `a` and `a.b`."""
+    """Yield the modules that a file may import: for `from a import b`, both `a` and `a.b`."""
     try:
         tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, RecursionError):  # compiled, for another Python, or nested too deep
@@ -103,7 +103,7 @@ def _imported(path: Path, module: str) -> Iterator[str]:
 
 
 def source_digest(spec: ModelSpec) -> str:
-    """Return the digest of a function's code, of which nothing is imported.
+    """Return the digest of a function's code, without importing anything.
 
     Raises:
         ModelError: there is no such code.
@@ -119,8 +119,8 @@ def source_digest(spec: ModelSpec) -> str:
 def build_function(spec: ModelSpec) -> Built:
     """Call `module:function`; the module may lie beside the model file and in the current folder.
 
-    Those are searched last, so that nothing there takes the place of an installed module; of the functions that come
-    with the package they are not searched at all.
+    Those are searched last, so that nothing there replaces an installed module; for the functions that come with the
+    package, they are not searched at all.
 
     Raises:
         ModelError: there is no such function, it fails, or it returns no network.
@@ -146,7 +146,7 @@ def build_function(spec: ModelSpec) -> Built:
 
 
 def _names(source: str) -> tuple[str, str]:
-    """Return module and function of a source; refuse invalid ones, and modules that build no networks."""
+    """Return the module and function of a source; refuse invalid ones, and modules that do not build networks."""
     module, _, function = source.partition(":")
     if not all(name.isidentifier() for name in (*module.split("."), function)):
         raise ModelError(f"{source}: expected module:function, or one of {FORMS}")
@@ -159,12 +159,12 @@ def _names(source: str) -> tuple[str, str]:
 
 
 def _of_a_program(module: str) -> bool:
-    """Return whether a module belongs to Python, to the running program, or to this package: none makes a network."""
+    """Return whether a module belongs to Python, the running program or this package: none of these makes networks."""
     return module.partition(".")[0] in {*sys.stdlib_module_names, "__main__", "wsi_gradcam"}
 
 
 def _call(source: str, function: Callable[[], Any]) -> nn.Module:
-    """Return the network that a function makes; refuse uncalled what cannot make one, such as a program's main."""
+    """Return the network that a function makes; refuse uncalled one that cannot, such as a program's main."""
     name = source.partition(":")[2]
     promised = getattr(function, "__annotations__", {}).get("return", nn.Module)
     plain = promised in (None, int, str, bool, float, "None", "int", "str", "bool", "float")
@@ -172,7 +172,7 @@ def _call(source: str, function: Callable[[], Any]) -> nn.Module:
         raise ModelError(
             f"{source}: {name}() does not return a network; expected a function that returns a torch.nn.Module"
         )
-    stdin, sys.stdin = sys.stdin, io.StringIO()  # what asks the user would wait for ever
+    stdin, sys.stdin = sys.stdin, io.StringIO()  # code that asks the user something would wait for ever
     try:
         network = function()
     except (Exception, SystemExit) as error:  # as above
@@ -192,7 +192,7 @@ def _locate(spec: ModelSpec, module: str) -> str | None:
     """Return the file that `import module` would run, without running anything; None if there is none.
 
     Raises:
-        ModelError: another module of that name lies beside the model file, and would silently not be used.
+        ModelError: another module with that name is beside the model file, and would silently not be used.
     """
     file = module_file(module)
     beside = _file_of(spec.folder, module)
@@ -202,7 +202,7 @@ def _locate(spec: ModelSpec, module: str) -> str | None:
 
 
 def _check_origins(source: str, files: dict[Path, str]) -> None:
-    """Refuse other modules of the same names: Python imports a name once, and would silently give the first."""
+    """Refuse other modules with the same names: Python imports a name once, and would silently return the first."""
     for path, name in files.items():
         python = sys.modules.get(name)
         if python is not None and (python.__file__ is None or not path.samefile(python.__file__)):
@@ -230,7 +230,7 @@ def build_timm(spec: ModelSpec) -> Built:
         near = did_you_mean(name, timm.list_models()) or f"timm.list_models('*{name[:6]}*') in Python lists some"
         raise ModelError(f"timm:{name}: timm has no such model; {near}")
     if spec.weights is None and not timm.is_model_pretrained(name):
-        # timm would warn in its log and go on with random weights.
+        # timm would warn in its log and continue with random weights.
         raise ModelError(
             f"timm:{name}: it has no published weights; give a file with 'weights:' in a model file, or use 'weights: "
             "random' for an untrained network"
@@ -321,13 +321,13 @@ def build_torchvision(spec: ModelSpec) -> Built:
     return Built(module, classes, patch_px=(side, side), mean=mean, std=std)
 
 
-HEADS = ("fc", "classifier", "heads", "head")  # of torchvision's networks
+HEADS = ("fc", "classifier", "heads", "head")  # for torchvision's networks
 
 
 def without_head(built: Built, spec: ModelSpec) -> Built:
-    """Return the network that gives the inputs of a library classifier's last linear layer: features.
+    """Return the network that returns the inputs of a library classifier's last linear layer: features.
 
-    A network from elsewhere stays as it is, and gives features itself.
+    A network from elsewhere stays as it is, and returns features itself.
 
     Raises:
         ModelError: its last layer cannot be removed.

@@ -351,10 +351,12 @@ class Regions:
     """A slide's mask file, not yet parsed.
 
     Attributes:
-        path: the path of the file. data: its content; empty for a TIFF, which is read tile by tile. include: names of
-    the classes to use; none: all that are not excluded. exclude: names of the classes to leave out. shared: True for a
-    file in a folder, where not every class occurs on every slide. part: the part of the slide on which it was drawn,
-    and in whose pixels it is; None: the whole slide.
+        path: the path of the file.
+        data: its content; empty for a TIFF, which is read tile by tile.
+        include: names of the classes to use; none: all that are not excluded.
+        exclude: names of the classes to leave out.
+        shared: True for a file in a folder, where not every class occurs on every slide.
+        part: the part of the slide on which it was drawn, and in whose pixels it is; None: the whole slide.
     """
 
     path: Path
@@ -449,7 +451,7 @@ def tissue_within(regions: Regions, tissue: NDArray[np.bool_], info: SlideInfo) 
 
     Raises:
         AnnotationError: as for `Regions.mask`; or no tissue lies there, or hardly any although much would if the
-        coordinates were micrometres or pixels of another level.
+            coordinates were micrometres or pixels of another level.
     """
     slide_px = (info.height, info.width)
     mask = regions.mask(slide_px, (tissue.shape[0], tissue.shape[1]))
