@@ -97,7 +97,7 @@ def test_what_a_model_has_begun_to_look_at_and_what_it_has_dropped(before: Kinds
         there[0, 1, 1], there[0, 2, 3] = 50, 50 - number
         here[0, 2, 0] = 1000  # where the other has not looked
         compared[f"{number}.tif"] = {"here": here, "there": there}
-    other = OtherEvidence(cast(Any, SimpleNamespace(out="old-results")), there_of, cast(Any, None), "")
+    other = OtherEvidence(cast(Any, SimpleNamespace(out="old-results")), there_of, {}, "", "")
     found = compare_evidence(compared, here_of, other)
     told = {(row.cluster, row.there): row.change for row in found.rows}
     assert told == {(1, 1): "more", (2, None): "begun", (None, 1): "more", (None, 2): "dropped"}
@@ -112,7 +112,7 @@ def test_nothing_is_said_of_few_slides() -> None:
     of = evidence_of(kinds_of(np.eye(6)[:1]), "new")
     here = np.zeros((2, 2, 3))
     here[0, 1, 1] = 1.0
-    other = OtherEvidence(cast(Any, SimpleNamespace(out="old-results")), of, cast(Any, None), "")
+    other = OtherEvidence(cast(Any, SimpleNamespace(out="old-results")), of, {}, "", "")
     found = compare_evidence({"a.tif": {"here": here, "there": here}}, of, other)
     assert [row.p for row in found.rows] == [None, None]
     assert "fewer than six slides" in found.words[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -19,12 +20,14 @@ from tests.evidence_runs import explained, model_file, of_nothing, of_nuclei, of
 from tests.runs import ROOT, flags
 from tests.test_export_dicom import errors as dicom_errors
 from wsi_gradcam import evidence_run, open_result, validate
+from wsi_gradcam.audit.archive import open_run
 from wsi_gradcam.audit.report.page import evidence_words
 from wsi_gradcam.errors import ConfigError, ResultError, ResumeError, StoreError
-from wsi_gradcam.evidence import NOTHING
+from wsi_gradcam.evidence import NOTHING, EvidenceSettings
 from wsi_gradcam.evidence.findings import Evidence
 from wsi_gradcam.evidence.labels import open_clusters
 from wsi_gradcam.evidence.page import interval
+from wsi_gradcam.evidence.running import shares_of
 from wsi_gradcam.export import export
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import storage_path
@@ -32,6 +35,7 @@ from wsi_gradcam.results.marks import Marks, make_mark
 
 DOCS = ROOT / "docs"
 SLIDES, MARKED = 30, 5
+A_SLIDE_KIB = 12  # of memory, in the client
 QUICK: dict[str, Any] = {"places": 1600, "seed": 1}
 
 
@@ -305,13 +309,38 @@ def test_two_models_are_compared(out: Path, archive: Path, tmp_path: Path) -> No
         evidence_run(new, trust_code=True, against=old, **QUICK)
 
 
+def test_the_client_reads_no_table_of_a_slide_and_holds_no_patch(out: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    for name in ("patches.parquet", "cams.zarr"):
+        for path in copy.glob(f"*/{name}"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run = open_run(open_result(copy), trust_code=True)
+    plans = [shares_of(run, EvidenceSettings(places=places), None) for places in (1600, 10**9)]
+    assert [len(shares) for shares in plans] == [SLIDES, SLIDES]
+    few, many = (len(pickle.dumps(shares)) for shares in plans)
+    assert many < few + 8 * SLIDES  # larger numbers, and no more of them
+
+
+def scale(*arguments: object) -> dict[str, float]:
+    """What `tests.evidence_scale` prints, in a process of its own."""
+    command = [sys.executable, "-m", "tests.evidence_scale", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return dict(json.loads(done.stdout))
+
+
+@pytest.mark.slow
+@pytest.mark.disk
+def test_a_slide_takes_the_client_a_few_kilobytes(tmp_path: Path) -> None:
+    """All three passes, and what comes before them with a hundred thousand slides."""
+    few, many = (scale("slides", count, tmp_path / str(count)) for count in (300, 3000))
+    assert (many["done"] - few["done"]) * 1024 < 2700 * A_SLIDE_KIB
+    few, many = (scale("slides", count, tmp_path / f"{count} planned", "--plan") for count in (300, 100_000))
+    assert (many["planned"] - few["planned"]) * 1024 < 99_700 * A_SLIDE_KIB
+    assert many["plan_bytes"] - few["plan_bytes"] < 99_700 * 200
+
+
 @pytest.mark.slow
 def test_memory_is_flat_in_the_number_of_places(tmp_path: Path) -> None:
-    peaks = []
-    for places in (10_000, 1_000_000):
-        command = [sys.executable, "-m", "tests.evidence_scale", str(places), str(tmp_path / str(places))]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        peaks.append(json.loads(done.stdout))
-    few, many = peaks
+    few, many = (scale("places", count, tmp_path / str(count)) for count in (10_000, 1_000_000))
     assert many["counted"] - few["counted"] < 60
     assert many["kinds_found"] == few["kinds_found"] == 5

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ from wsi_gradcam.tissue.annotations.regions import Moved
 from wsi_gradcam.tissue.masks import Shares
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from numpy.typing import NDArray
 
     from wsi_gradcam.cam.facts import ModelFacts
@@ -98,7 +99,7 @@ class ExplainedRun:
         """What questions are asked of: patches, or slides where the model is a slide-level one."""
         return "slide" if isinstance(self.spec, SlideModelSpec) else "patch"
 
-    @property
+    @cached_property
     def entries(self) -> dict[str, SlideEntry]:
         """The slides by id."""
         return {one.entry.id: one.entry for one in self.candidates}
@@ -252,14 +253,19 @@ def _why_not(slide: SlideResult, entries: dict[str, SlideEntry]) -> str:
 
 def draw_sample(candidates: Sequence[Candidate], settings: AuditSettings) -> dict[str, SlideSample]:
     """Return the sample by slide id, in the order of ids; the same for the same seed."""
-    chosen, stands_for = _slides(candidates, settings, max(1, settings.patches // BATCH_SIZE))
-    each = -(-settings.patches // max(1, len(chosen)))
     samples = {}
-    for candidate, weight in zip(chosen, stands_for, strict=True):
+    for candidate, each, weight in draw_shares(candidates, settings):
         found = _patches(candidate, settings, each, weight)
         if found.patches:
             samples[candidate.slide.id] = found
     return with_depth(samples, settings)
+
+
+def draw_shares(candidates: Sequence[Candidate], settings: AuditSettings) -> list[tuple[Candidate, int, float]]:
+    """Return the slides of the sample, in the order of ids, how many patches to draw and slides each stands for."""
+    chosen, stands_for = _slides(candidates, settings, max(1, settings.patches // BATCH_SIZE))
+    each = -(-settings.patches // max(1, len(chosen)))
+    return [(one, each, weight) for one, weight in zip(chosen, stands_for, strict=True)]
 
 
 def draw_slides(candidates: Sequence[Candidate], settings: AuditSettings) -> dict[str, SlideSample]:
@@ -293,40 +299,54 @@ def _slides(
 
 def _patches(candidate: Candidate, settings: AuditSettings, count: int, stands_for: float) -> SlideSample:
     slide = candidate.slide
-    classes = slide.classes
-    table = slide.table(["y", "x", "status", *(f"logit_{name}" for name in classes)])
-    readable = np.flatnonzero(table.column("status").to_numpy(zero_copy_only=False) == "ok")
-    yx = np.stack([table.column(axis).to_numpy() for axis in ("y", "x")], axis=1)[readable]
-    if not len(readable):
-        return SlideSample((), (), (), (), 0)
-    logits = np.stack([table.column(f"logit_{name}").to_numpy(zero_copy_only=False) for name in classes], axis=1)
-    strata = _strata(slide, settings, yx, logits[readable], classes, candidate.entry.path)
-    name = slide.id.encode("utf-8", "backslashreplace")  # what no encoding knows seeds too
-    drawn = [f"{name.decode()}|{stratum}" for stratum in strata]
-    rows, weights = stratified_sample(drawn, count, settings.seed, FEWEST)
-    order = np.random.default_rng([settings.seed, *name]).permutation(len(rows))
-    rows, weights = rows[order], weights[order]
-    return SlideSample(
-        tuple(readable[rows].tolist()),
-        tuple((y, x) for y, x in yx[rows].tolist()),
-        tuple((weights * stands_for).tolist()),
-        tuple(strata[row] for row in rows.tolist()),
-        0,
-    )
+    patches = ReadablePatches.of(slide.table(sample_columns(slide.classes)), slide.classes)
+    strata = _strata(slide, settings, patches, candidate.entry.path)
+    return patches.draw(slide.id, strata, count, settings.seed, stands_for)
 
 
-def _strata(
-    slide: SlideResult,
-    settings: AuditSettings,
-    yx: NDArray[np.int64],
-    logits: NDArray[np.float32],
-    classes: Sequence[str],
-    own: str,
-) -> list[str]:
-    predicted = logits.argmax(axis=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).astype(np.int64)
-    names = list(classes) if len(classes) > 1 else [f"not {classes[0]}", classes[0]]
-    strata = [names[number] for number in predicted.tolist()]
-    if settings.annotations is None:
+def sample_columns(classes: Sequence[str]) -> list[str]:
+    """Return the columns of a slide's table that decide which of its patches are drawn."""
+    return ["y", "x", "status", *(f"logit_{name}" for name in classes)]
+
+
+@dataclass(frozen=True, eq=False)
+class ReadablePatches:
+    """The patches of a slide that could be read when it was explained.
+
+    Of each its number in the slide's table, level-0 px (y, x) of its top left corner, and the class predicted for it.
+    """
+
+    numbers: NDArray[np.int64]
+    yx: NDArray[np.int64]
+    predicted: list[str]
+
+    @classmethod
+    def of(cls, table: pa.Table, classes: Sequence[str]) -> ReadablePatches:
+        """Return those of a table with the columns `sample_columns`."""
+        readable = np.flatnonzero(table.column("status").to_numpy(zero_copy_only=False) == "ok")
+        yx = np.stack([table.column(axis).to_numpy() for axis in ("y", "x")], axis=1)[readable]
+        columns = [table.column(f"logit_{name}").to_numpy(zero_copy_only=False) for name in classes]
+        logits = np.stack(columns, axis=1)[readable]
+        predicted = logits.argmax(axis=1) if logits.shape[1] > 1 else (logits[:, 0] > 0).astype(np.int64)
+        names = list(classes) if len(classes) > 1 else [f"not {classes[0]}", classes[0]]
+        return cls(readable, yx, [names[number] for number in predicted.tolist()])
+
+    def draw(self, slide_id: str, strata: Sequence[str], count: int, seed: int, stands_for: float) -> SlideSample:
+        """Return about `count` of them, of each stratum in proportion, on a slide that stands for so many."""
+        if not len(self.numbers):
+            return SlideSample((), (), (), (), 0)
+        name = slide_id.encode("utf-8", "backslashreplace")  # what no encoding knows seeds too
+        drawn = [f"{name.decode()}|{stratum}" for stratum in strata]
+        rows, weights = stratified_sample(drawn, count, seed, FEWEST)
+        order = np.random.default_rng([seed, *name]).permutation(len(rows))
+        rows, each = rows[order], (weights[order] * stands_for).tolist()
+        numbers, yx = tuple(self.numbers[rows].tolist()), tuple((y, x) for y, x in self.yx[rows].tolist())
+        return SlideSample(numbers, yx, tuple(each), tuple(strata[row] for row in rows.tolist()), 0)
+
+
+def _strata(slide: SlideResult, settings: AuditSettings, patches: ReadablePatches, own: str) -> list[str]:
+    strata, yx = patches.predicted, patches.yx
+    if settings.annotations is None or not len(yx):
         return strata
     ground = ground_of(slide.plan, slide.folder, settings)
     found = annotated_slide(settings.annotations, slide.id, settings.include, slide.size_px, own, ground)

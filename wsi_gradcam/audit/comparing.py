@@ -106,7 +106,7 @@ def shared_sample(candidates: Sequence[Candidate], other: OtherAudit, unit: Unit
         name = candidate.slide.id
         if unit == "slide" and name in other.samples:
             found[name] = other.samples[name]
-        elif name in other.samples and _alike(candidate.slide.plan.footprint, other.footprints[name]):
+        elif name in other.samples and alike(candidate.slide.plan.footprint, other.footprints[name]):
             sample = _matched(candidate, other.samples[name])
             if sample.patches:
                 found[name] = sample
@@ -140,7 +140,8 @@ def compare_audits(
     )
 
 
-def _alike(first: tuple[float, float], second: tuple[float, float]) -> bool:
+def alike(first: tuple[float, float], second: tuple[float, float]) -> bool:
+    """Return whether two footprints of patches, (height, width) in level-0 px, are the same but for rounding."""
     return all(abs(a - b) < FAR_PX for a, b in zip(first, second, strict=True))
 
 

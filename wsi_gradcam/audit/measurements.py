@@ -38,6 +38,7 @@ FEWEST_SLIDES = 6  # below, nothing can be said of other slides
 FEWEST_FLIPS = 10
 LEVEL = 0.95
 RESAMPLES = 2000
+PERMUTATIONS = 4999
 KEPT_UNITS = 500  # whose draws are kept: 8 MB
 
 
@@ -140,6 +141,33 @@ def compare(
     few = unit == "slide" and len(sums[0]) < FEWEST_FLIPS
     p = _student(sums[0]) if few else _flipped(sums[0], seed)
     return Comparison(interval, p, float(spread), effect, better)
+
+
+def permutation_p(
+    values: Floats, groups: NDArray[np.str_], seed: int, strata: NDArray[np.str_] | None = None
+) -> float | None:
+    """Return the p of the sum of squares between groups when slides are permuted; None with one group alone.
+
+    `values` and `groups` [S] are of slides, such as their sites. They are permuted within `strata` [S], such as labels:
+    another mix of cases is no effect of a site.
+    """
+    names, member = np.unique(groups, return_inverse=True)
+    if len(names) < 2:
+        return None
+    sizes = np.bincount(member, minlength=len(names))
+    random = np.random.default_rng(seed)
+    rows = [np.arange(len(values))] if strata is None else [np.flatnonzero(strata == one) for one in np.unique(strata)]
+
+    def between(of: Floats) -> float:
+        return float((np.bincount(member, of, len(names)) ** 2 / sizes).sum())
+
+    own, larger = between(values), 0
+    for _ in range(PERMUTATIONS):
+        moved = values.copy()
+        for some in rows:
+            moved[some] = values[random.permutation(some)]
+        larger += between(moved) >= own * (1 - 1e-12)
+    return (1 + larger) / (1 + PERMUTATIONS)
 
 
 def holm(p: Sequence[float]) -> list[float]:

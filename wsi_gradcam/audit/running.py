@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -29,7 +29,6 @@ from wsi_gradcam.audit.plan import (
     AuditScope,
     AuditSettings,
     Frame,
-    SlideSample,
     asked_questions,
     check_questions,
 )
@@ -235,10 +234,12 @@ def drawn_digests(
     settings: AuditSettings,
     path: Path | None,
     include: tuple[str, ...],
-    samples: Mapping[str, SlideSample],
+    samples: Container[str],
 ) -> dict[str, str]:
-    """Return sha256 of the slides' files of annotations, by slide id."""
-    found = {}
+    """Return sha256 of the sampled slides' files of annotations, by slide id."""
+    found: dict[str, str] = {}
+    if path is None:
+        return found
     for candidate in run.candidates:
         if candidate.entry.id in samples:
             ground = ground_of(candidate.slide.plan, candidate.slide.folder, settings)
@@ -301,19 +302,19 @@ def plan_before(
 
 
 def write_plan(
-    folder: AuditFolder, identity: dict[str, Any], digest: str, samples: Mapping[str, SlideSample], old: Iterable[str]
+    folder: AuditFolder,
+    identity: dict[str, Any],
+    digest: str,
+    samples: Mapping[str, dict[str, Any]],
+    old: Iterable[str],
 ) -> None:
-    """Write the plan of an audit, after deleting what an old one wrote about its slides."""
+    """Write the plan of an audit, after deleting what an old one wrote about its slides; samples are plain values."""
     # The plan first: what is half gone is no audit.
     for place in (folder.plan, folder.listing, folder.metrics, folder.report):
         place.remove()
     for name in old:
         folder.forget(name)
-    values = {
-        "identity": identity,
-        "digest": digest,
-        "samples": {name: sample.to_json() for name, sample in samples.items()},
-    }
+    values = {"identity": identity, "digest": digest, "samples": samples}
     folder.plan.write(sealed_json(values, indent=1))
 
 
@@ -329,7 +330,8 @@ def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwri
     before, same = plan_before(folder, plan.audit_identity(), overwrite)
     if not same:
         old = audited_slides(before, slides if overwrite else ())
-        write_plan(folder, plan.audit_identity(), plan.audit_digest(), plan.samples, old)
+        samples = {name: sample.to_json() for name, sample in plan.samples.items()}
+        write_plan(folder, plan.audit_identity(), plan.audit_digest(), samples, old)
 
 
 def audited_slides(plan: dict[str, Any] | None, otherwise: Iterable[str]) -> list[str]:

@@ -15,26 +15,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from wsi_gradcam.audit.plan import AuditFolder, AuditSettings, Frame
+from wsi_gradcam.audit.plan import AuditFolder, AuditSettings, Frame, read_arrays, write_arrays
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
 
 if TYPE_CHECKING:
-    from wsi_gradcam.audit.plan import SlideSample
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
     from wsi_gradcam.cam.targets import Target
     from wsi_gradcam.evidence.clusters import Kinds
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.run.plan import RunPlan
 
-FORMAT = 2  # of the numbers; raised when old ones must not be continued
+FORMAT = 3  # of the numbers; raised when old ones must not be continued
 PLACES = 20_000
 DRAWN = 4  # places of a patch
 PIECE = 64  # patches that are measured and stored together
@@ -44,6 +47,7 @@ COLOURS = (
     *("E69F00", "0072B2", "009E73", "F0E442", "56B4E9", "D55E00", "000000", "CC79A7"),
     *("117733", "88CCEE", "332288", "999933", "AA4499", "44AA99", "661100", "BBBBBB"),
 )
+BARE_GLASS = "bare glass"  # the name of a kind that is that, unless it is given another
 NOTHING = 255  # in label images: looked at, and of no kind
 
 
@@ -103,6 +107,25 @@ class EvidenceSettings:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class SlideShare:
+    """What is drawn from a slide; it is known before the slide's table is read, which a worker does.
+
+    Attributes:
+        patches: about so many.
+        stands_for: how many slides of the archive it stands for.
+        like: the digest of another run's evidence whose patches are taken, or "".
+    """
+
+    patches: int
+    stands_for: float = 1.0
+    like: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return asdict(self)
+
+
 @dataclass(frozen=True)
 class Shown:
     """A patch that is looked at again once kinds are known: an example of a kind, or one in which it is covered.
@@ -135,7 +158,8 @@ class EvidencePlan:
         run: the run whose model and slides these are; its model runs eagerly in float32.
         run_digest: of the run's results.
         target: whose evidence it is.
-        samples: patches by slide id.
+        shares: what is drawn from each slide, by its id.
+        counts: how many patches were drawn, by slide id; from the second pass on, of slides that have any.
         step: which pass it is.
         kinds: from the second pass on.
         names: that kinds have, by number.
@@ -150,7 +174,8 @@ class EvidencePlan:
     run_digest: str
     settings: EvidenceSettings
     target: Target
-    samples: Mapping[str, SlideSample]
+    shares: Mapping[str, SlideShare]
+    counts: Mapping[str, int] = field(default_factory=dict)
     step: Pass = "measure"
     kinds: Kinds | None = None
     names: Mapping[int, str] = field(default_factory=dict)
@@ -163,7 +188,7 @@ class EvidencePlan:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """All that the measured numbers depend on."""
-        sample = json.dumps({name: one.to_json() for name, one in sorted(self.samples.items())}, sort_keys=True)
+        sample = json.dumps({name: one.to_json() for name, one in sorted(self.shares.items())}, sort_keys=True)
         return {
             "format": FORMAT,
             "run": self.run_digest,
@@ -176,6 +201,11 @@ class EvidencePlan:
     def digest(self) -> str:
         """The sha256 of `identity`."""
         return _digest(self.identity)
+
+    @cached_property
+    def sample_digest(self) -> str:
+        """The sha256 of `identity` for the patches that were drawn."""
+        return sample_digest(self.digest)
 
     @cached_property
     def cells_digest(self) -> str:
@@ -201,17 +231,25 @@ class EvidencePlan:
 
     def pieces(self, slide: str) -> int:
         """Return the number of pieces of a slide's sample, or in the third pass of its patches that are shown."""
-        return -(-len(self.shown[slide] if self.step == "show" else self.samples[slide].patches) // PIECE)
+        return -(-(len(self.shown[slide]) if self.step == "show" else self.counts[slide]) // PIECE)
 
     def probed(self, slide: str) -> int:
-        """Return how many of a slide's patches, from the first on, are given to random copies of the model."""
+        """Return how many of a slide's patches, from the first on, are given to random copies of the model.
+
+        There may be fewer.
+        """
         if slide not in self._probed_slides:
             return 0
-        return min(len(self.samples[slide].patches), PIECE, -(-PROBED // len(self.samples)))
+        return min(PIECE, -(-PROBED // len(self.shares)))
 
     @cached_property
     def _probed_slides(self) -> frozenset[str]:
-        return frozenset(list(self.samples)[:: max(1, len(self.samples) // PROBED)][:PROBED])
+        return frozenset(list(self.shares)[:: max(1, len(self.shares) // PROBED)][:PROBED])
+
+
+def sample_digest(digest: str) -> str:
+    """Return the digest of the patches that the evidence of a digest is drawn from."""
+    return _digest([digest, "sample"])
 
 
 def _digest(values: Any) -> str:
@@ -264,6 +302,55 @@ class EvidenceFolder(AuditFolder):
         """Delete the label image of a slide, and the table of its patches."""
         self.patches(slide_id).remove()
         self.labels(slide_id).remove_files(ZARR_CONTENTS)
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnPatches:
+    """Patches of a slide that are in the sample, in a random order.
+
+    Attributes:
+        numbers: [n] in the slide's table.
+        yx: [n, 2] level-0 px of their top left corners.
+        weights: [n] how many patches of the archive each stands for.
+    """
+
+    numbers: NDArray[np.int64]
+    yx: NDArray[np.int64]
+    weights: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, numbers: Sequence[int], yx: Sequence[tuple[int, int]], weights: Sequence[float]) -> DrawnPatches:
+        """Return those of plain values."""
+        return cls(np.array(numbers, np.int64), np.array(yx, np.int64).reshape(-1, 2), np.array(weights, np.float64))
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def piece(self, number: int) -> DrawnPatches:
+        """Return those of a piece."""
+        return self.only(slice(number * PIECE, (number + 1) * PIECE))
+
+    def only(self, rows: Any) -> DrawnPatches:
+        """Return some of them."""
+        return DrawnPatches(self.numbers[rows], self.yx[rows], self.weights[rows])
+
+    def shared(self, table: pa.Table) -> DrawnPatches:
+        """Return those that another run's table of the slide has and could read, with its numbers of them."""
+        columns = (table.column(name).to_pylist() for name in ("y", "x", "status"))
+        there = {(y, x): i for i, (y, x, status) in enumerate(zip(*columns, strict=True)) if status == "ok"}
+        numbers = np.array([there.get((y, x), -1) for y, x in self.yx.tolist()], np.int64)
+        return DrawnPatches(numbers, self.yx, self.weights).only(numbers >= 0)
+
+    def write(self, folder: EvidenceFolder, slide: str, digest: str) -> None:
+        """Store them as the sample of a slide."""
+        arrays = {"patch/number": self.numbers, "patch/yx": self.yx, "patch/weight": self.weights}
+        write_arrays(folder.batch(slide, digest, 0), arrays)
+
+
+def drawn_patches(folder: EvidenceFolder, slide: str, digest: str) -> DrawnPatches:
+    """Return the patches of a slide that were drawn; raises FileNotFoundError where none were."""
+    arrays = read_arrays(folder.batch(slide, digest, 0))
+    return DrawnPatches(arrays["patch/number"], arrays["patch/yx"], arrays["patch/weight"])
 
 
 def is_given(name: str) -> bool:

@@ -4,8 +4,10 @@ Contributions [n, C] are unit vectors, so that places are alike in what they con
 They are brought to their few main axes, in pieces and weighed by the size of the contribution, and sorted there: what
 speaks for the target and what speaks against it, each for itself. Of the numbers of kinds that stay the same on other
 halves of the places with other seeds (adjusted Rand index, Hubert and Arabie 1985) the one is taken whose kinds lie
-farthest apart (silhouette, Rousseeuw 1987); where none stays, or none lies apart, that is said. Places are read once,
-and memory depends on the number of channels and not on that of places.
+farthest apart (silhouette, Rousseeuw 1987); where none stays, or none lies apart, that is said. Bare glass is a kind by
+what it is, not by what the model makes of it: to a network glass may be what lymphocytes are, neither being tumour, and
+nobody would call the two one morphology. Places are read once, and memory depends on the number of channels and not on
+that of places.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
+    Shares = NDArray[np.floating[Any]]
 
 Side = Literal["for", "against"]
 SIDES: tuple[Side, ...] = ("for", "against")
@@ -38,6 +41,8 @@ STABLE = 0.8  # mean adjusted Rand index over pairs of seeds from which a number
 APART = 0.25  # mean silhouette below which there is no structure to speak of (Kaufman and Rousseeuw 1990)
 REST = 0.05  # of all contributions, in the places that contribute least, are of no kind
 STEPS = 64  # of contributions, for each doubling, in which their distribution is kept
+GLASS_CELL = 0.5  # of a place's area, from which it is bare glass
+GLASS_SHARE = 0.02  # of a side's evidence, from which glass is a kind of its own; tissue must have as much
 SPARE = 1.25  # times as many places are kept as are needed: some lie below the floor
 
 
@@ -51,6 +56,7 @@ class Kinds:
         sides: of each kind.
         floors: of each side; places that contribute less to it are of no kind.
         middles: [k] half of a kind lies on places that contribute more than this.
+        glass: the numbers of kinds that are bare glass: of each side one at the most.
     """
 
     axes: NDArray[np.float32]
@@ -58,10 +64,11 @@ class Kinds:
     sides: tuple[Side, ...]
     floors: tuple[float, float]
     middles: tuple[float, ...] = ()
+    glass: tuple[int, ...] = ()
 
     def digest(self) -> str:
         """Return the sha256 of all that sorts."""
-        found = hashlib.sha256(repr((self.sides, self.floors, self.middles)).encode())
+        found = hashlib.sha256(repr((self.sides, self.floors, self.middles, self.glass)).encode())
         for array in (self.axes, self.centres):
             found.update(np.ascontiguousarray(array).tobytes())
         return found.hexdigest()
@@ -69,15 +76,23 @@ class Kinds:
     def __len__(self) -> int:
         return len(self.centres)
 
-    def sort(self, features: NDArray[Any], values: Floats) -> NDArray[np.int64]:
-        """Return the kind [n] of places with these contributions [n, C] of this sum [n]; -1 for none."""
+    def sort(self, features: NDArray[Any], values: Floats, glass: Shares | None = None) -> NDArray[np.int64]:
+        """Return the kind [n] of places with these contributions [n, C] of this sum [n]; -1 for none.
+
+        Args:
+            glass: [n] what share of each place is bare glass; None: there is none.
+        """
         found: NDArray[np.int64] = np.full(len(values), -1)
         likeness = self.likeness(features)
         for side, floor in zip(SIDES, self.floors, strict=True):
-            own = [i for i, of in enumerate(self.sides) if of == side]
-            rows = np.flatnonzero(_speaking(values, side) >= floor)
+            speaking = _speaking(values, side) >= floor
+            own = [i for i, of in enumerate(self.sides) if of == side and i not in self.glass]
+            rows = np.flatnonzero(speaking)
             if own and len(rows):
                 found[rows] = np.array(own)[likeness[rows][:, own].argmax(axis=1)]
+            for kind in self.glass:
+                if self.sides[kind] == side and glass is not None:
+                    found[speaking & (glass >= GLASS_CELL)] = kind
         return found
 
     def likeness(self, features: NDArray[Any]) -> NDArray[np.float32]:
@@ -103,8 +118,8 @@ class Choice:
     tried: dict[Side, tuple[Trial, ...]]
 
     def chosen(self, side: Side) -> Trial | None:
-        """Return the trial of the number of kinds that a side has; None where it has none."""
-        count = self.kinds.sides.count(side)
+        """Return the trial of the number of kinds that a side has, without glass; None where it has none."""
+        count = sum(of == side and i not in self.kinds.glass for i, of in enumerate(self.kinds.sides))
         return next((one for one in self.tried[side] if one.kinds == count), None)
 
     def is_sure(self, side: Side) -> bool:
@@ -113,39 +128,64 @@ class Choice:
         return one is None or one.kinds == 1 or (one.stability >= STABLE and one.silhouette >= APART)
 
 
-Piece = tuple["NDArray[Any]", "Floats", "Floats"]
-"""Contributions [n, C], their sums [n], and weights [n] of places."""
+Piece = tuple["NDArray[Any]", "Floats", "Floats", "Shares"]
+"""Contributions [n, C], their sums [n], weights [n], and shares [n] of bare glass of places."""
 
 
 def find_kinds(pieces: Iterable[Piece], seed: int) -> Choice | None:
     """Return the kinds of the places that `pieces` yields; None where nothing contributes."""
     moment, drawn = _Moment(), {side: _Drawn(side, seed) for side in SIDES}
-    for features, values, weights in pieces:
+    for features, values, weights, glass in pieces:
         moment.add(features, np.abs(values) * weights)
         for one in drawn.values():
-            one.add(features, values, weights)
+            one.add(features, values, weights, glass)
     floors = (drawn["for"].floor(), drawn["against"].floor())
     if not any(np.isfinite(floors)):
         return None
     axes = moment.axes()
-    found: dict[Side, tuple[NDArray[np.float32], tuple[Trial, ...]]] = {}
+    found: dict[Side, _OfSide] = {}
     samples = {side: drawn[side].above(floor) for side, floor in zip(SIDES, floors, strict=True)}
-    for side, (features, _) in samples.items():
+    for side, (features, _, glass) in samples.items():
         if len(features):
-            found[side] = _sorted(_on(axes, features), seed)
-    centres = np.concatenate([one for one, _ in found.values()])
-    sides = tuple(side for side, (one, _) in found.items() for _ in one)
-    kinds = Kinds(axes, centres, sides, floors)
+            found[side] = _with_glass(_on(axes, features), glass >= GLASS_CELL, seed)
+    centres = np.concatenate([one.centres for one in found.values()])
+    sides = tuple(side for side, one in found.items() for _ in one.centres)
+    starts = {side: sides.index(side) for side in found}
+    bare = tuple(starts[side] + one.glass for side, one in found.items() if one.glass is not None)
+    kinds = Kinds(axes, centres, sides, floors, glass=bare)
     return Choice(
-        replace(kinds, middles=_middles(kinds, samples)), {s: found[s][1] if s in found else () for s in SIDES}
+        replace(kinds, middles=_middles(kinds, samples)), {s: found[s].tried if s in found else () for s in SIDES}
     )
 
 
-def _middles(kinds: Kinds, samples: Mapping[Side, tuple[NDArray[Any], Floats]]) -> tuple[float, ...]:
+@dataclass(frozen=True, eq=False)
+class _OfSide:
+    """The centres [k, R] of the kinds of a side, the largest first, which of them is glass, and all trials."""
+
+    centres: NDArray[np.float32]
+    glass: int | None
+    tried: tuple[Trial, ...]
+
+
+def _with_glass(sample: NDArray[np.float32], glass: NDArray[np.bool_], seed: int) -> _OfSide:
+    """Return the kinds of places [n, R] on the main axes; those on glass are one, where there are enough of them."""
+    share = float(glass.mean())
+    if not GLASS_SHARE <= share <= 1 - GLASS_SHARE:
+        centres, tried = _sorted(sample, seed)
+        return _OfSide(centres, None, tried)
+    centres, tried = _sorted(sample[~glass], seed)
+    sizes = np.bincount((sample[~glass] @ centres.T).argmax(axis=1), minlength=len(centres))
+    place = int((sizes >= glass.sum()).sum())
+    middle = sample[glass].mean(axis=0)
+    middle = (middle / max(float(np.linalg.norm(middle)), 1e-12)).astype(np.float32)
+    return _OfSide(np.insert(centres, place, middle, axis=0), place, tried)
+
+
+def _middles(kinds: Kinds, samples: Mapping[Side, tuple[NDArray[Any], Floats, Shares]]) -> tuple[float, ...]:
     """Return for each kind the median contribution of places that are drawn in proportion to it."""
     middles = [0.0] * len(kinds)
-    for features, values in samples.values():
-        sorted_as = kinds.sort(features, values)
+    for features, values, glass in samples.values():
+        sorted_as = kinds.sort(features, values, glass)
         for kind in np.unique(sorted_as[sorted_as >= 0]).tolist():
             middles[kind] = float(np.median(np.abs(values[sorted_as == kind])))
     return tuple(middles)
@@ -206,10 +246,11 @@ class _Drawn:
         self._side, self._random = side, np.random.default_rng(seed)
         self._below: dict[int, float] = {}  # what places contribute, by steps of their size
         self._times, self._values = np.zeros(0), np.zeros(0)
+        self._glass: Shares = np.zeros(0)
         self._features: NDArray[Any] | None = None
 
-    def add(self, features: NDArray[Any], values: Floats, weights: Floats) -> None:
-        """Add places: contributions [n, C], their sums [n], and weights [n]."""
+    def add(self, features: NDArray[Any], values: Floats, weights: Floats, glass: Shares) -> None:
+        """Add places: contributions [n, C], their sums [n], weights [n], and shares [n] of bare glass."""
         waiting = self._random.exponential(size=len(values))
         size = _speaking(values, self._side)
         rows = np.flatnonzero((size > 0) & (weights > 0))
@@ -227,6 +268,7 @@ class _Drawn:
         first = np.sort(np.argsort(times, kind="stable")[: int(SPARE * FITTED)])
         self._times, self._features = times[first], kept[first]
         self._values = np.concatenate([self._values, values[rows]])[first]
+        self._glass = np.concatenate([self._glass, glass[rows]])[first]
 
     def floor(self) -> float:
         """Return the contribution below which places hold less than `REST` of all; infinite where there is none."""
@@ -236,13 +278,13 @@ class _Drawn:
         below = np.cumsum([self._below[step] for step in steps])
         return float(2.0 ** (steps[int(np.searchsorted(below, REST * below[-1]))] / STEPS))
 
-    def above(self, floor: float) -> tuple[NDArray[Any], Floats]:
-        """Return contributions [n, C] and their sums [n] of the places that were drawn and reach the floor."""
+    def above(self, floor: float) -> tuple[NDArray[Any], Floats, Shares]:
+        """Return contributions [n, C], sums [n] and shares [n] of glass of those places drawn that reach the floor."""
         if self._features is None:
-            return np.zeros((0, 0)), np.zeros(0)
+            return np.zeros((0, 0)), np.zeros(0), np.zeros(0)
         rows = np.flatnonzero(_speaking(self._values, self._side) >= floor)
         first = np.sort(rows[np.argsort(self._times[rows], kind="stable")[:FITTED]])
-        return self._features[first], self._values[first]
+        return self._features[first], self._values[first], self._glass[first]
 
 
 def _speaking(values: Floats, side: Side) -> Floats:

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pyarrow import parquet
 
-from wsi_gradcam.audit.comparing import OtherAudit, shared_sample
+from wsi_gradcam.audit.comparing import alike
 from wsi_gradcam.audit.findings import ALPHA, percent
 from wsi_gradcam.audit.measurements import compare, estimate, holm
-from wsi_gradcam.audit.plan import Arrays, SlideSample, read_arrays, write_arrays
-from wsi_gradcam.errors import ResultError, StoreError
-from wsi_gradcam.evidence import NOTHING, Against, AgainstRow, EvidenceFolder
+from wsi_gradcam.audit.plan import Arrays, read_arrays, write_arrays
+from wsi_gradcam.errors import ConfigError, ResultError, StoreError
+from wsi_gradcam.evidence import FORMAT, NOTHING, Against, AgainstRow, EvidenceFolder, SlideShare
 from wsi_gradcam.evidence.clusters import SIDES, Side
 from wsi_gradcam.evidence.findings import Evidence, as_share
 from wsi_gradcam.evidence.labels import read_clusters
@@ -57,13 +57,15 @@ class OtherEvidence:
     """The finished evidence of another run.
 
     Attributes:
-        sample: its patches, as an audit has them.
+        footprints: (height, width) of patches in level-0 px, by the id of each slide that it has patches of.
+        plan: digest of its plan.
         digest: of all that was found.
     """
 
     result: Result
     evidence: Evidence
-    sample: OtherAudit
+    footprints: Mapping[str, tuple[float, float]]
+    plan: str
     digest: str
 
     @property
@@ -71,9 +73,23 @@ class OtherEvidence:
         """The run's folder, as text."""
         return self.result.out
 
-    def samples(self, candidates: Sequence[Candidate]) -> dict[str, SlideSample]:
-        """Return its patches that another run has too; raises a ConfigError where there are none."""
-        return shared_sample(candidates, self.sample)
+    def shares(self, candidates: Sequence[Candidate]) -> dict[str, SlideShare]:
+        """Return what is drawn from slides that another run has too; raises a ConfigError where there are none."""
+        there = {
+            one.entry.id: SlideShare(one.patches, like=self.plan)
+            for one in candidates
+            if one.entry.id in self.footprints and alike(one.slide.plan.footprint, self.footprints[one.entry.id])
+        }
+        if not there:
+            raise self.nothing_shared()
+        return dict(sorted(there.items()))
+
+    def nothing_shared(self) -> ConfigError:
+        """Return the error of a run that has none of its patches."""
+        return ConfigError(
+            f"{self.out}: this run has none of the patches whose evidence was sorted there; compare runs on the same "
+            "slides, with the same patch size, mpp and stride"
+        )
 
 
 def open_evidence(out: StoragePathLike) -> OtherEvidence:
@@ -90,18 +106,23 @@ def open_evidence(out: StoragePathLike) -> OtherEvidence:
         raise ResultError(f"{folder.place}: has no finished evidence; run `wsi-gradcam evidence {result.out}` first")
     try:
         evidence = Evidence.model_validate(found)
-        samples = {name: SlideSample.from_json(values) for name, values in plan["samples"].items()}
+        slides, before = list(plan["samples"]), str(plan["digest"])
         digest = hashlib.sha256(folder.metrics.read()).hexdigest()
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(f"{folder.place}: damaged, or of another version; run it again with --overwrite") from error
     if not evidence.kinds:
         raise ResultError(f"{result.out}: its model has no evidence worth sorting, so there is nothing to compare with")
-    kept = {name: sample for name, sample in samples.items() if name not in evidence.not_read}
-    if not any((folder.labels(name) / METADATA).is_file() for name in list(kept)[:1]):
+    kept = [name for name in slides if folder.places(name).is_file() and name not in evidence.not_read]
+    if not any((folder.labels(name) / METADATA).is_file() for name in kept[:1]):
         raise ResultError(f"{folder.place}: has no label images; run evidence there again, without --skip-labels")
-    footprints = {name: result[name].plan.footprint for name in kept}
-    other = OtherAudit(result.out, folder, digest, evidence.model, (), kept, footprints)
-    return OtherEvidence(result, evidence, other, digest)
+    if evidence_format(plan) != FORMAT:
+        raise StoreError(f"{folder.place}: of another version; run evidence there again with --overwrite")
+    return OtherEvidence(result, evidence, {name: result[name].plan.footprint for name in kept}, before, digest)
+
+
+def evidence_format(plan: Mapping[str, Any]) -> object:
+    """Return the format of the numbers that a plan says; None where it says none."""
+    return (plan.get("identity") or {}).get("format")
 
 
 def compare_slide(context: Context[Any], entry: SlideEntry) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import Field
 
 from wsi_gradcam.audit.findings import ALPHA, percent
-from wsi_gradcam.audit.measurements import FEWEST_SLIDES, Estimate, compare, estimate, holm
+from wsi_gradcam.audit.measurements import FEWEST_SLIDES, Estimate, compare, estimate, holm, permutation_p
 from wsi_gradcam.evidence import COLOURS, Against, Row, Share
 from wsi_gradcam.evidence.clusters import SIDES, Side
 
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-PERMUTATIONS = 4999
 PRESENT = 0.01  # of a slide's evidence, from which a kind is said to occur on it
 MUCH_MORE = 3.0  # times denser must a kind be in one group than in the others, to be told
 ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur, the border, or what is given, from which that is told
@@ -367,35 +366,6 @@ def _spread(of_slide: Mapping[str, float], density: Mapping[str, float], by: str
     )
 
 
-def permutation_p(
-    values: Floats, groups: NDArray[np.str_], seed: int, strata: NDArray[np.str_] | None = None
-) -> float | None:
-    """Return the p of the sum of squares between groups when slides are permuted; None with one group alone.
-
-    Args:
-        values: [S] of slides.
-        groups: [S] such as their sites.
-        strata: [S] within which slides are permuted, such as labels: another mix of cases is no effect of a site.
-    """
-    names, member = np.unique(groups, return_inverse=True)
-    if len(names) < 2:
-        return None
-    sizes = np.bincount(member, minlength=len(names))
-    random = np.random.default_rng(seed)
-    rows = [np.arange(len(values))] if strata is None else [np.flatnonzero(strata == one) for one in np.unique(strata)]
-
-    def between(of: Floats) -> float:
-        return float((np.bincount(member, of, len(names)) ** 2 / sizes).sum())
-
-    own, larger = between(values), 0
-    for _ in range(PERMUTATIONS):
-        moved = values.copy()
-        for some in rows:
-            moved[some] = values[random.permutation(some)]
-        larger += between(moved) >= own * (1 - 1e-12)
-    return (1 + larger) / (1 + PERMUTATIONS)
-
-
 def _covering(covered: Covered, seed: int) -> Covering | None:
     known = np.isfinite(covered.change) & np.isfinite(covered.elsewhere)
     if not known.any():
@@ -440,17 +410,23 @@ def called(row: KindRow) -> str:
 
 
 def _shortcut_words(row: KindRow, target: str) -> str:
-    spread = uneven(row)[0]
+    spread, (name, share) = uneven(row)[0], _suspect(row)
+    lies = f"{percent(share)} of it lies on {name}, " if share >= ON_SUSPECT else ""
     return (
-        f"{called(row).capitalize()} looks like a shortcut: {_where(row, spread)}, and {_effect(row)}. It is "
+        f"{called(row).capitalize()} looks like a shortcut: {lies}{_where(row, spread)}, and {_effect(row)}. It is "
         f"{percent(row.share.value or 0.0)} of the evidence {row.side} {target}."
     )
 
 
-def _suspect_words(row: KindRow, target: str) -> str:
+def _suspect(row: KindRow) -> tuple[str, float]:
+    """Return what a kind lies on most, of all that should not decide, and what share of it does."""
     marked = {f"what was marked as {kind}": v for kind, v in row.marks.items() if kind in ("artefact", "unexpected")}
     given = {f"“{name}” of the given regions": value for name, value in row.regions.items()}
-    name, share = max({**row.suspects, **given, **marked}.items(), key=lambda one: one[1], default=("", 0.0))
+    return max({**row.suspects, **given, **marked}.items(), key=lambda one: one[1], default=("", 0.0))
+
+
+def _suspect_words(row: KindRow, target: str) -> str:
+    name, share = _suspect(row)
     if share < ON_SUSPECT:
         return ""
     effect = f", and {_effect(row)}" if matters(row) else ""

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_gradcam.audit.archive import audited_target, draw_sample, open_run
+from wsi_gradcam.audit.archive import audited_target, draw_shares, open_run
 from wsi_gradcam.audit.measurements import FEWEST_SLIDES
 from wsi_gradcam.audit.plan import Arrays, Frame, read_arrays
 from wsi_gradcam.audit.running import (
@@ -35,12 +35,14 @@ from wsi_gradcam.audit.running import (
 from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.errors import ConfigError, DocumentError, ResultError
 from wsi_gradcam.evidence import (
+    BARE_GLASS,
     DRAWN,
     PIECE,
     PLACES,
     EvidenceFolder,
     EvidencePlan,
     EvidenceSettings,
+    SlideShare,
     is_given,
 )
 from wsi_gradcam.evidence.clusters import Choice, Piece, find_kinds, need_library
@@ -48,7 +50,7 @@ from wsi_gradcam.evidence.comparing import OtherEvidence, carry_names, compare_e
 from wsi_gradcam.evidence.findings import Covered, Evidence, Facts, KindRow, find
 from wsi_gradcam.evidence.page import write_report
 from wsi_gradcam.evidence.stages import EvidenceWorkload
-from wsi_gradcam.evidence.tables import Tally, measured, tally, weights_of
+from wsi_gradcam.evidence.tables import Tally, glass_of, measured, tally, weights_of
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
@@ -63,7 +65,7 @@ from wsi_gradcam.run.types import RunListener, SlideRecord
 if TYPE_CHECKING:
     from wsi_gradcam.audit.archive import ExplainedRun
     from wsi_gradcam.audit.findings import Verdict
-    from wsi_gradcam.audit.plan import AuditSettings, SlideSample
+    from wsi_gradcam.audit.plan import AuditSettings
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.mil.spec import SlideModelSpec
@@ -133,9 +135,9 @@ def evidence_run(
     given, loaded = given_model(model)
     run = open_run(result, given, trust_code, held=loaded is not None)
     other = None if against is None else open_evidence(against)
-    samples = _sample(run, settings, other)
+    shares = shares_of(run, settings, other)
     folder = EvidenceFolder(result.folder.place / EVIDENCE)
-    entries = allowed_slides([run.entries[name] for name in samples], result, remote_slides)
+    entries = allowed_slides([run.entries[name] for name in shares], result, remote_slides)
     records: list[SlideRecord] = []
     session = RunSession(
         result.folder.place, listener or RunListener(), lambda: report_rows(records), place=folder.place, work=EVIDENCE
@@ -146,36 +148,35 @@ def evidence_run(
         if aim.label == PREDICTED:
             raise ConfigError(f"target {PREDICTED!r} is another class for each patch; name one class")
         plan = EvidencePlan(
-            run=eager, run_digest=result.record.run_digest, settings=settings, target=aim, samples=samples
+            run=eager, run_digest=result.record.run_digest, settings=settings, target=aim, shares=shares
         )
         if other is not None:
             plan = replace(plan, against=(other.out, other.digest), others=len(other.evidence.kinds))
         drawings = _given(run, settings.drawings(), plan)
         session.claim()
         _settle(folder, plan, result.ids, overwrite)
-        folder.remove_partial_files(samples)
+        folder.remove_partial_files(shares)
         session.begin(EvidenceWorkload(plan), entries, executor.dashboard)
 
-        def perform(step: EvidencePlan, slides: list[SlideEntry], again: bool = True) -> list[SlideEntry]:
-            """Perform a pass; return the slides that have not failed, in the plan's order, whichever ended first."""
+        def perform(step: EvidencePlan, slides: list[SlideEntry], again: bool = True) -> list[SlideRecord]:
+            """Perform a pass; return the records of what has not failed, in the plan's order, whichever ended first."""
             ended: list[SlideRecord] = []
             session.process(executor, EvidenceWorkload(step), slides, ended.append, again)
             records.extend(one for one in ended if not again or one.status == SlideStatus.FAILED)
-            good = {record.slide.id for record in ended if record.status == SlideStatus.OK}
+            good = {record.slide.id: record for record in ended if record.status == SlideStatus.OK}
             if not good and slides:
                 raise ResultError(f"{folder.place}: no slide could be read; the first: {ended[0].error}")
-            return [entry for entry in slides if entry.id in good]
+            return [good[entry.id] for entry in slides if entry.id in good]
 
         evidence = _passes(folder, plan, run, entries, drawings, perform, records, other)
     return EvidenceOutcome(folder.place, tuple(records), evidence)
 
 
-def _sample(run: ExplainedRun, settings: EvidenceSettings, other: OtherEvidence | None) -> dict[str, SlideSample]:
-    """Return the patches whose places are sorted, by slide id: those of the other evidence, or a sample.
+def shares_of(run: ExplainedRun, settings: EvidenceSettings, other: OtherEvidence | None) -> dict[str, SlideShare]:
+    """Return what is drawn from each slide, by its id: the patches of the other evidence, or a sample.
 
     Raises:
-        ConfigError: the run is of a slide-level model, or has none of the other's patches.
-        ResultError: it has no patches at all.
+        ConfigError: the run is of a slide-level model, or has none of the other's slides.
     """
     out = run.result.out
     if run.unit == "slide":
@@ -186,11 +187,9 @@ def _sample(run: ExplainedRun, settings: EvidenceSettings, other: OtherEvidence 
     if other is not None:
         if settings.skip_labels:
             raise ConfigError("against compares label images, which skip_labels leaves out; omit one of them")
-        return other.samples(run.candidates)
-    samples = draw_sample(run.candidates, replace(settings.drawings(), annotations=None))
-    if not samples:
-        raise ResultError(f"{out}: no patch could be read when it was explained, so there is no evidence")
-    return samples
+        return other.shares(run.candidates)
+    chosen = draw_shares(run.candidates, settings.drawings())
+    return {one.slide.id: SlideShare(each, weight) for one, each, weight in chosen}
 
 
 def _passes(
@@ -199,23 +198,28 @@ def _passes(
     run: ExplainedRun,
     entries: list[SlideEntry],
     drawings: str,
-    perform: Callable[..., list[SlideEntry]],
+    perform: Callable[..., list[SlideRecord]],
     records: list[SlideRecord],
     other: OtherEvidence | None,
 ) -> Evidence:
     """Perform the three passes; each takes the slides that the one before could read."""
-    read = perform(plan, entries, again=False)
-    ids = [entry.id for entry in read]
+    measured = perform(plan, entries, again=False)
+    plan = replace(plan, counts={record.slide.id: record.patches for record in measured if record.patches})
+    if not plan.counts:
+        none = f"{run.result.out}: no patch could be read when it was explained, so there is no evidence"
+        raise ResultError(none) if other is None else other.nothing_shared()
+    read, ids = [record.slide for record in measured if record.patches], list(plan.counts)
     learned = learned_of(folder, plan, ids)
     choice = None
     if learned.outcome == "holds":
         choice = find_kinds(drawn_pieces(folder, plan, ids), plan.settings.seed)
     if choice is None:
         return _finish(folder, plan, run, records, _Found(None, _unsorted(folder, plan, ids), learned))
-    names = carry_names(folder, choice.kinds, read_names)
+    names = dict.fromkeys((i + 1 for i in choice.kinds.glass), BARE_GLASS)
+    names |= carry_names(folder, choice.kinds, read_names)
     single = len(read) < FEWEST_SLIDES
     second = replace(plan, step="sort", kinds=choice.kinds, names=names, given=drawings, single=single)
-    ids = [entry.id for entry in perform(second, read)]
+    ids = [record.slide.id for record in perform(second, read)]
     summed = ((name, read_arrays(folder.batch(name, second.sums_digest, 0))) for name in ids)
     sums, shown = tally(summed, len(choice.kinds))
     third = replace(second, step="show", shown=shown)
@@ -251,31 +255,31 @@ def _settle(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str], o
     if not same:
         folder.clusters.remove()
         old = audited_slides(before, slides if overwrite else ())
-        write_plan(folder, plan.identity, plan.digest, plan.samples, old)
+        shares = {name: share.to_json() for name, share in plan.shares.items()}
+        write_plan(folder, plan.identity, plan.digest, shares, old)
 
 
 def _given(run: ExplainedRun, settings: AuditSettings, plan: EvidencePlan) -> str:
     """Return the sha256 of all that people have drawn on the slides of the sample."""
     paths = (settings.annotations, settings.regions)
-    drawn = [drawn_digests(run, settings, path, (), plan.samples) for path in paths]
-    marks = [asdict(mark) for mark in Marks(run.result.folder.place).all() if mark.slide in plan.samples]
+    drawn = [drawn_digests(run, settings, path, (), plan.shares) for path in paths]
+    marks = [asdict(mark) for mark in Marks(run.result.folder.place).all() if mark.slide in plan.shares]
     return hashlib.sha256(json.dumps([drawn, marks], sort_keys=True).encode()).hexdigest()
 
 
 def drawn_pieces(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Iterator[Piece]:
     """Yield the places in which kinds are found: all, or those of pieces drawn by chance where there are many."""
-    pieces = [
-        (slide, number, min(PIECE, len(plan.samples[slide].patches) - number * PIECE))
-        for slide in slides
-        for number in range(-(-len(plan.samples[slide].patches) // PIECE))
-    ]
-    order = np.random.default_rng(plan.settings.seed).permutation(len(pieces))
-    before = np.cumsum([0, *(DRAWN * pieces[i][2] for i in order[:-1].tolist())])
-    for i in np.sort(order[before < READ]).tolist():
-        slide, number, _ = pieces[i]
-        arrays = read_arrays(folder.batch(slide, plan.digest, number))
+    patches = np.array([plan.counts[slide] for slide in slides], np.int64)
+    ends = np.cumsum(-(-patches // PIECE))
+    order = np.random.default_rng(plan.settings.seed).permutation(int(ends[-1]))
+    slide = np.searchsorted(ends, order, side="right")
+    number = order - np.concatenate([[0], ends])[slide]
+    places = DRAWN * np.minimum(PIECE, patches[slide] - number * PIECE)
+    read = np.flatnonzero(np.cumsum(places) - places < READ)
+    for i in read[np.argsort(order[read])].tolist():
+        arrays = read_arrays(folder.batch(slides[slide[i]], plan.digest, int(number[i])))
         if len(arrays["patch/number"]):
-            yield arrays["place/features"], arrays["place/value"], weights_of(arrays)
+            yield arrays["place/features"], arrays["place/value"], weights_of(arrays), glass_of(arrays)
 
 
 def learned_of(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Verdict:

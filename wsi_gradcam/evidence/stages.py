@@ -16,18 +16,22 @@ from wsi_gradcam.audit.measures.sanity import random_answers
 from wsi_gradcam.audit.measures.shortcuts import cover, input_masks, masking, suspects
 from wsi_gradcam.audit.measures.subject import Aim, Subject
 from wsi_gradcam.audit.plan import Arrays, patch_seeds, write_arrays
+from wsi_gradcam.audit.schema import GLASS
 from wsi_gradcam.cam.engine import gradients
 from wsi_gradcam.cam.targets import make_score
 from wsi_gradcam.cam.trunks import exact
-from wsi_gradcam.errors import (
-    ResumeError,
-    SlideFormatError,
-    SlideReadError,
+from wsi_gradcam.errors import SlideFormatError, SlideReadError
+from wsi_gradcam.evidence import (
+    DRAWN,
+    NOTHING,
+    PIECE,
+    DrawnPatches,
+    EvidenceFolder,
+    EvidencePlan,
+    drawn_patches,
 )
-from wsi_gradcam.evidence import DRAWN, NOTHING, PIECE, EvidenceFolder, EvidencePlan
 from wsi_gradcam.evidence.comparing import compare_slide
-from wsi_gradcam.evidence.tables import sort_slide
-from wsi_gradcam.results.manifest import Manifest
+from wsi_gradcam.evidence.tables import draw_slide, sort_slide, stored_plan
 from wsi_gradcam.run.claims import EVIDENCE
 from wsi_gradcam.run.context import Exclusive
 from wsi_gradcam.run.types import Processed, SlideJob, Stage, Task
@@ -43,8 +47,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.cam.engine import AnyTarget
     from wsi_gradcam.evidence.clusters import Kinds
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.io.paths import StoragePath
-    from wsi_gradcam.results.manifest import SlidePlan
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.run.plan import RunPlan
 
@@ -173,14 +175,18 @@ class Sorted:
     kinds: NDArray[np.int64]
 
 
-def sort_cells(subject: Subject, rgb: Rgb, target: AnyTarget, kinds: Kinds) -> Sorted:
-    """Return patches with each of their cells sorted into kinds."""
+def sort_cells(subject: Subject, rgb: Rgb, target: AnyTarget, kinds: Kinds, seen: Seen | None = None) -> Sorted:
+    """Return patches with each of their cells sorted into kinds; `seen` tells where they show glass, if any do."""
     images = subject.images(rgb)
     logits, parts = contributions(subject, images, target)
     shape = (parts.shape[0], parts.shape[2], parts.shape[3])
     features = parts.flatten(2).transpose(1, 2).flatten(0, 1).float().cpu().numpy()
     values = features.sum(axis=1, dtype=np.float64)
-    return Sorted(images, logits, values.reshape(shape).astype(np.float32), kinds.sort(features, values).reshape(shape))
+    glass = None
+    if seen is not None and kinds.glass:
+        glass = cover(seen.shown(suspects(seen.raw, seen.mpp, seen.glass)[GLASS]), shape[1:]).ravel()
+    sorted_as = kinds.sort(features, values, glass).reshape(shape)
+    return Sorted(images, logits, values.reshape(shape).astype(np.float32), sorted_as)
 
 
 def cover_kinds(
@@ -216,11 +222,13 @@ class EvidenceWorkload:
     subject: Exclusive[Subject] = field(default_factory=Exclusive, repr=False, compare=False)
 
     @property
-    def patches(self) -> int:
-        """The number of patches of the pass."""
+    def patches(self) -> int | None:
+        """The number of patches of the pass; None of the first, in which workers draw them."""
+        if self.plan.step == "measure":
+            return None
         if self.plan.step == "show":
             return sum(len(own) for own in self.plan.shown.values())
-        return sum(len(sample.patches) for sample in self.plan.samples.values())
+        return sum(self.plan.counts.values())
 
     @property
     def run(self) -> RunPlan:
@@ -229,31 +237,34 @@ class EvidenceWorkload:
 
     def job(self, slide: SlideEntry) -> SlideJob:
         """Return the phases of a slide; see `Workload.job`."""
+        if self.plan.step == "measure":
+            return measuring_job(
+                slide, [[Task(DRAW, slide)]], lambda drawn: [[Task(MEASURE, slide, (i,)) for i in drawn.spans]]
+            )
         pieces = [(i,) for i in range(self.plan.pieces(slide.id))]
         if self.plan.step == "sort":
             cells = [] if self.plan.settings.skip_labels else [Task(CELLS, slide, index) for index in pieces]
             compared = [Task(COMPARE, slide)] if self.plan.against[0] else []
             return measuring_job(slide, [cells, [Task(SORT, slide)], compared])
-        stage = MEASURE if self.plan.step == "measure" else SHOW
-        return measuring_job(slide, [[Task(stage, slide, index) for index in pieces]])
+        return measuring_job(slide, [[Task(SHOW, slide, index) for index in pieces]])
+
+
+def _piece(plan: EvidencePlan, folder: EvidenceFolder, entry: SlideEntry, number: int) -> DrawnPatches:
+    return drawn_patches(folder, entry.id, plan.sample_digest).piece(number)
 
 
 def measure_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
     """Measure a piece of a slide's sample and store what is measured, unless that was done."""
     plan = context.workload.plan
-    sample, part = plan.samples[entry.id], slice(number * PIECE, (number + 1) * PIECE)
-    patches = sample.patches[part]
-    place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.digest, number)
+    folder = EvidenceFolder(plan.run.out / EVIDENCE)
+    patches, place = _piece(plan, folder, entry, number), folder.batch(entry.id, plan.digest, number)
     if place.is_file():
         return Processed(len(patches))
     started = time.perf_counter()
-    seen, readable = _read(context, entry, patches, sample.yx[part])
+    seen, readable = _read(context, entry, patches.numbers.tolist(), patches.yx.tolist())
     read = time.perf_counter()
-    found: Arrays = {
-        "patch/number": np.array(patches, np.int64)[readable],
-        "patch/weight": np.array(sample.weights[part])[readable],
-        "patch/yx": np.array(sample.yx[part], np.int64)[readable],
-    }
+    kept = patches.only(readable)
+    found: Arrays = {"patch/number": kept.numbers, "patch/weight": kept.weights, "patch/yx": kept.yx}
     with context.workload.subject.used(lambda: _subject(context)) as subject:
         if readable.any():
             found |= describe(subject, seen, plan.target, DRAWN)
@@ -267,25 +278,24 @@ def measure_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number:
 def sort_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
     """Sort all cells of the patches of a piece into kinds, and store that, unless it was done."""
     plan = context.workload.plan
-    sample, part = plan.samples[entry.id], slice(number * PIECE, (number + 1) * PIECE)
-    patches = sample.patches[part]
-    place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.cells_digest, number)
+    folder = EvidenceFolder(plan.run.out / EVIDENCE)
+    patches, place = _piece(plan, folder, entry, number), folder.batch(entry.id, plan.cells_digest, number)
     if place.is_file():
         return Processed(len(patches))
     assert plan.kinds is not None
     started = time.perf_counter()
-    seen, readable = _read(context, entry, patches, sample.yx[part])
+    seen, readable = _read(context, entry, patches.numbers.tolist(), patches.yx.tolist())
     read = time.perf_counter()
     grid, count = plan.run.facts.cam_shape, int(readable.sum())
     kinds, sums = np.zeros((count, *grid), np.uint8), np.zeros((count, len(plan.kinds)), np.float32)
     if count:
         with context.workload.subject.used(lambda: _subject(context)) as subject:
-            found = sort_cells(subject, seen.rgb, plan.target, plan.kinds)
+            found = sort_cells(subject, seen.rgb, plan.target, plan.kinds, seen)
         kinds = np.where(found.kinds < 0, NOTHING, found.kinds + 1).astype(np.uint8)
         sums = np.stack([np.where(found.kinds == i, found.map, 0).sum(axis=(1, 2)) for i in range(len(plan.kinds))], 1)
     arrays: Arrays = {
-        "patch/number": np.array(patches, np.int64)[readable],
-        "patch/yx": np.array(sample.yx[part], np.int64).reshape(-1, 2)[readable],
+        "patch/number": patches.numbers[readable],
+        "patch/yx": patches.yx[readable],
         "cells/kinds": kinds,
         "cells/sums": sums.astype(np.float32),
     }
@@ -311,7 +321,7 @@ def show_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: in
     found: Arrays = {"shown/kind": np.array([one.kind for one in shown], np.int64)}
     if shown:
         with context.workload.subject.used(lambda: _subject(context)) as subject:
-            patches = sort_cells(subject, seen.rgb, plan.target, plan.kinds)
+            patches = sort_cells(subject, seen.rgb, plan.target, plan.kinds, seen)
             kinds = [one.kind for one in shown]
             change, elsewhere = cover_kinds(subject, patches, plan.target, kinds, plan.settings.seed)
         covered = np.array([one.covered for one in shown])
@@ -334,6 +344,7 @@ def show_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: in
     return Processed(len(readable), int((~readable).sum()), read - started, done - read, read - started)
 
 
+DRAW = Stage("draw", draw_slide)
 MEASURE = Stage("evidence", measure_piece, needs_model=True)
 CELLS = Stage("sort", sort_piece, needs_model=True)
 SORT = Stage("tables", sort_slide)
@@ -356,7 +367,7 @@ def _read(
         SlideFormatError: the slide is another file than was explained.
     """
     plan, run = context.workload.plan, context.workload.run
-    slide_plan = _slide_plan(context.folder(entry).manifest, plan.run_digest)
+    slide_plan = stored_plan(context.folder(entry), plan)
     mpp = slide_plan.patch_mpp(run.patch_px, run.mpp)
     rgb, readable = [], np.ones(len(yx), np.bool_)
     with context.slide(entry) as slide:
@@ -376,10 +387,3 @@ def _read(
         return input_masks(masks, size, view, run.patch_px)
 
     return Seen(raw, treated, run.mpp, context.glass(entry), seeds, shown), readable
-
-
-def _slide_plan(place: StoragePath, run_digest: str) -> SlidePlan:
-    plan = Manifest(place).plan()
-    if plan is None or plan.run_digest != run_digest:
-        raise ResumeError(f"{place.parent}: another run has begun there meanwhile; try again when it is finished")
-    return plan

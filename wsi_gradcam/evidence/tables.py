@@ -1,6 +1,7 @@
-"""What kinds are on a slide, made by workers: its tables of places and patches, and the sums that the client reads.
+"""What is known of a slide, made by workers: its sample, its tables of places and patches, and its sums.
 
-The sums are a few numbers for each slide and kind, and the patches that could be shown of it.
+The client reads the sums: a few numbers for each slide and kind, and the patches that could be shown of it. How many
+patches a slide has in the sample is all that it knows of them.
 """
 
 from __future__ import annotations
@@ -12,15 +13,20 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from wsi_gradcam.audit.archive import Annotated, annotated_slide, ground_of
+from wsi_gradcam.audit.archive import Annotated, ReadablePatches, annotated_slide, ground_of, sample_columns
 from wsi_gradcam.audit.plan import Arrays, read_arrays, write_arrays
+from wsi_gradcam.audit.schema import GLASS
 from wsi_gradcam.errors import ResumeError
-from wsi_gradcam.evidence import PIECE, EvidenceFolder, Shown
+from wsi_gradcam.evidence import PIECE, DrawnPatches, EvidenceFolder, Shown, drawn_patches, sample_digest
 from wsi_gradcam.evidence.clusters import SIDES
 from wsi_gradcam.evidence.labels import is_whole, name_labels, write_labels
+from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.marks import Marks
+from wsi_gradcam.results.patch_store import StoredTable
+from wsi_gradcam.results.run_files import RunFolder
 from wsi_gradcam.run.claims import EVIDENCE
+from wsi_gradcam.run.types import Planned
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,17 +44,45 @@ if TYPE_CHECKING:
 
 COVERED = 40  # patches in which a kind is covered: enough for a paired test, see `audit.findings.ENOUGH`
 EXAMPLES = 6  # typical ones of a kind, and as many extremes
+JOINED = 4096  # slides whose sums are kept each for itself
 UNITS = 1024  # sums of a slide, where patches are counted for themselves
 _MOST = {"covered": COVERED, "extreme": EXAMPLES, "typical": 2 * EXAMPLES}  # candidates of a kind
+
+
+def draw_slide(context: Context[Any], entry: SlideEntry) -> Planned:
+    """Draw the patches of a slide from its table and store which they are, unless that was done."""
+    plan: EvidencePlan = context.workload.plan
+    folder = EvidenceFolder(plan.run.out / EVIDENCE)
+    if not folder.batch(entry.id, plan.sample_digest, 0).is_file():
+        _draw(plan, entry.id, context.folder(entry)).write(folder, entry.id, plan.sample_digest)
+    count = len(drawn_patches(folder, entry.id, plan.sample_digest))
+    return Planned(count, count, list(range(-(-count // PIECE))), [])
+
+
+def _draw(plan: EvidencePlan, slide: str, folder: SlideFolder) -> DrawnPatches:
+    share, classes = plan.shares[slide], plan.run.facts.classes
+    table = StoredTable(folder.table, stored_plan(folder, plan).patches)
+    if share.like:
+        there = EvidenceFolder(RunFolder(storage_path(plan.against[0])).place / EVIDENCE)
+        return drawn_patches(there, slide, sample_digest(share.like)).shared(table.read(["y", "x", "status"]))
+    patches = ReadablePatches.of(table.read(sample_columns(classes)), classes)
+    found = patches.draw(slide, patches.predicted, share.patches, plan.settings.seed, share.stands_for)
+    return DrawnPatches.of(found.patches, found.yx, found.weights)
+
+
+def stored_plan(folder: SlideFolder, plan: EvidencePlan) -> SlidePlan:
+    """Return the plan of a slide's results; raises a ResumeError where they are of another run by now."""
+    found = Manifest(folder.manifest).plan()
+    if found is None or found.run_digest != plan.run_digest:
+        raise ResumeError(f"{folder.place}: another run has begun there meanwhile; try again when it is finished")
+    return found
 
 
 def sort_slide(context: Context[Any], entry: SlideEntry) -> None:
     """Write what kinds are on a slide, unless that was done; its pieces have been measured."""
     plan: EvidencePlan = context.workload.plan
     slide_folder = context.folder(entry)
-    slide_plan = Manifest(slide_folder.manifest).plan()
-    if slide_plan is None or slide_plan.run_digest != plan.run_digest:
-        raise ResumeError(f"{slide_folder.place}: another run has begun there meanwhile; try again when it is finished")
+    slide_plan = stored_plan(slide_folder, plan)
     folder = EvidenceFolder(plan.run.out / EVIDENCE)
     place = folder.batch(entry.id, plan.sums_digest, 0)
     if not (place.is_file() and folder.places(entry.id).is_file()):
@@ -67,7 +101,7 @@ def sort_slide(context: Context[Any], entry: SlideEntry) -> None:
 
 def measured(folder: EvidenceFolder, plan: EvidencePlan, slide: str) -> Iterator[Arrays]:
     """Yield the pieces of a slide that have places."""
-    for number in range(-(-len(plan.samples[slide].patches) // PIECE)):
+    for number in range(-(-plan.counts[slide] // PIECE)):
         arrays = read_arrays(folder.batch(slide, plan.digest, number))
         if len(arrays["patch/number"]):
             yield arrays
@@ -79,6 +113,12 @@ def weights_of(arrays: Arrays) -> Floats:
     return weights
 
 
+def glass_of(arrays: Arrays) -> Floats:
+    """Return what share of each place of a piece is bare glass; 0 of places whose pixels were not looked at."""
+    found: Floats = arrays.get(f"suspect/{GLASS}", np.zeros(len(arrays["place/value"])))
+    return found
+
+
 def write_places(folder: EvidenceFolder, plan: EvidencePlan, slide: str, slide_plan: SlidePlan, given: Given) -> Arrays:
     """Write a row a place: patch, centre in level-0 px, kind (0 for none), contribution, weight; return the sums."""
     assert plan.kinds is not None
@@ -86,7 +126,7 @@ def write_places(folder: EvidenceFolder, plan: EvidencePlan, slide: str, slide_p
     table = Table()
     for arrays in measured(folder, plan, slide):
         features, values = arrays["place/features"], arrays["place/value"]
-        kinds = plan.kinds.sort(features, values)
+        kinds = plan.kinds.sort(features, values, glass_of(arrays))
         shares = given.shares(arrays, slide_plan.view, plan.run.facts.cam_shape)
         sums.add(arrays, kinds, likeness_of(plan.kinds, features, kinds), shares)
         patch = arrays["place/patch"]
@@ -166,7 +206,7 @@ class _Sums:
 
     def __init__(self, plan: EvidencePlan, slide: str) -> None:
         assert plan.kinds is not None
-        self._kinds, patches = plan.kinds, len(plan.samples[slide].patches)
+        self._kinds, patches = plan.kinds, plan.counts[slide]
         self._units = min(patches, UNITS) if plan.single else 1
         self._each = -(-patches // self._units)
         self._patches = self._places = 0
@@ -355,6 +395,7 @@ def tally(summed: Iterable[tuple[str, Arrays]], kinds: int) -> tuple[Tally, dict
     """Return the sums of all slides, given one after the other, and the patches that are to be shown of each."""
     names: list[str] = []
     kept: dict[str, list[Floats]] = {name: [] for name in ("mass", "area", "own_mass", "own_area")}
+    # Few large arrays: a slide's own would take more memory for their headers than for what they hold.
     on: dict[str, Floats] = {}
     probability, counted = np.zeros(kinds), np.zeros(2, np.int64)
     chosen = _Chosen(kinds)
@@ -363,6 +404,8 @@ def tally(summed: Iterable[tuple[str, Arrays]], kinds: int) -> tuple[Tally, dict
         names += [slide] * int(filled.sum())
         for name, parts in kept.items():
             parts.append(arrays[f"unit/{name}"][filled])
+            if len(parts) > JOINED:
+                parts[:] = [np.concatenate(parts)]
         for name, sums in arrays.items():
             if name.startswith("kind/on/"):
                 key = name.removeprefix("kind/on/")

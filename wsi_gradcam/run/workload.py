@@ -101,11 +101,20 @@ def _encoding(slide: SlideEntry, planned: Planned) -> list[list[Task]]:
     return [[Task(ENCODE, slide, (i,)) for i in planned.encode], [Task(FINISH_ENCODING, slide)]]
 
 
-def measuring_job(slide: SlideEntry, phases: list[list[Task]]) -> SlideJob:
-    """Perform phases whose tasks measure patches of a slide, as an audit does; see `Workload.job`."""
+def measuring_job(
+    slide: SlideEntry, phases: list[list[Task]], then: Callable[[Planned], list[list[Task]]] | None = None
+) -> SlideJob:
+    """Perform phases whose tasks measure patches of a slide, as an audit does; see `Workload.job`.
+
+    With `then` the phases are a single task that plans, and those which follow from what it says are performed.
+    """
     started = time.monotonic()
     try:
         results = yield phases
+        if then is not None:
+            (planned,) = results
+            assert isinstance(planned, Planned)
+            results = yield then(planned)
     except Exception as error:
         return failed_record(slide, error, time.monotonic() - started)
     done = [result for result in results if isinstance(result, Processed)]
