@@ -1,4 +1,4 @@
-"""Times and amounts of memory, as the arguments of recipes give them and as queues take them."""
+"""Times and amounts of memory, as given in the arguments of recipes and as accepted by queues."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def positive(text: str) -> int:
 
 
 def duration(text: str) -> int:
-    """Return seconds, of MINUTES, MINUTES:SECONDS, H:M:S, DAYS-H, DAYS-H:M or DAYS-H:M:S, as SLURM reads them."""
+    """Return seconds from MINUTES, MINUTES:SECONDS, H:M:S, DAYS-H, DAYS-H:M or DAYS-H:M:S, as SLURM reads them."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if found is None:
         raise argparse.ArgumentTypeError(f"expected a time such as 0:30:00, 2-12 or 90 (minutes), not {text!r}")
@@ -49,12 +49,12 @@ def megabytes(text: str) -> int:
 
 
 def directive(text: str) -> str:
-    """Return a directive, which is one line."""
+    """Return a directive, which must be one line."""
     if not text.strip() or "\n" in text:
         raise argparse.ArgumentTypeError("expected one line")
     return text
 
 
 def clock(seconds: int) -> str:
-    """Return a time as HH:MM:SS, with more than 24 hours where it has them."""
+    """Return a time as HH:MM:SS; there may be more than 24 hours."""
     return f"{seconds // 3600:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"

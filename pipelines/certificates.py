@@ -1,10 +1,10 @@
-"""Make a key and its certificate, with which a Dask cluster answers its own processes alone.
+"""Create a key and its certificate, with which a Dask cluster answers only its own processes.
 
     eval "$(python pipelines/certificates.py /shared/me/tls)"
 
-makes the folder, which nobody else may read, and prints the variables by which `dask scheduler`, `dask worker` and
+creates the folder, which nobody else can read, and prints the variables by which `dask scheduler`, `dask worker` and
 `wsi-gradcam` find the files. Whoever has the key can run programs on the cluster as you. The recipes for queues and SSH
-make a key for each run, and remove it afterwards.
+create a key for each run, and remove it afterwards.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ CERTIFICATE, KEY = "certificate.pem", "key.pem"
 
 
 def main() -> int:
-    """Make the files, and print the variables."""
-    parser = argparse.ArgumentParser(description="Make a key and a certificate for a Dask cluster.")
-    parser.add_argument("folder", type=Path, help="a new folder, which all nodes see")
+    """Create the files, and print the variables."""
+    parser = argparse.ArgumentParser(description="Create a key and a certificate for a Dask cluster.")
+    parser.add_argument("folder", type=Path, help="a new folder that all nodes can see")
     folder: Path = parser.parse_args().folder
     if folder.exists():
         parser.error(f"{folder} exists; give a folder that does not")
@@ -45,7 +45,7 @@ def write_key(folder: Path) -> None:
 
 
 def variables(folder: Path) -> dict[str, str]:
-    """Return the environment in which Dask's processes have the key of a folder, and refuse to do without."""
+    """Return the environment in which Dask's processes use the key in a folder, and refuse to work without it."""
     files = {f"{role}__{kind}": name for role in ROLES for kind, name in (("CERT", CERTIFICATE), ("KEY", KEY))}
     found = {f"TLS__{name}": str(folder / file) for name, file in ({"CA_FILE": CERTIFICATE} | files).items()}
     found |= {"REQUIRE_ENCRYPTION": "True", "DEFAULT_SCHEME": "tls"}
@@ -56,7 +56,7 @@ ROLES = ("SCHEDULER", "WORKER", "CLIENT")
 
 
 def flags(folder: Path) -> list[str]:
-    """Return the arguments by which a `dask worker` of another machine finds the files of a folder."""
+    """Return the arguments by which a `dask worker` on another machine finds the files in a folder."""
     return [
         "--tls-ca-file",
         f"{folder / CERTIFICATE}",
@@ -69,10 +69,10 @@ def flags(folder: Path) -> list[str]:
 
 @contextmanager
 def made_for_this_run(dashboard: str) -> Iterator[Path]:
-    """Make a key in a new folder of the working folder, which workers see, and have this process use it, as a context.
+    """Create a key in a new folder of the working directory, which workers see, for this process, as a context.
 
-    Without an address for the dashboard, Dask's HTTP server has no pages. Its folder for scratch files, from which its
-    processes import, is a new one too, and not one in /tmp that may be another user's.
+    Without an address for the dashboard, Dask's HTTP server has no pages. Its scratch folder, from which its processes
+    import, is a new one too, and not one in /tmp that may belong to another user.
     """
     with TemporaryDirectory(prefix=".wsi-gradcam-tls-", dir=Path.cwd()) as folder:
         write_key(Path(folder))
@@ -83,7 +83,7 @@ def made_for_this_run(dashboard: str) -> Iterator[Path]:
 
 
 def scheduler_options(dashboard: str) -> dict[str, object]:
-    """Return what a scheduler is told of its dashboard: the address to listen on, or that there is none."""
+    """Return a scheduler's options for its dashboard: the address to listen on, or that there is none."""
     return {"dashboard": bool(dashboard), "dashboard_address": dashboard or "127.0.0.1:0"}
 
 

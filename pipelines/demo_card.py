@@ -109,7 +109,7 @@ def patch_section(results: Sequence[Result]) -> str:
     gap = np.abs(overlapping - np.concatenate([r.overlapping.patch_share for r in results])).mean()
     rows += [
         "",
-        "The probability was trained to be the share of the class in the patch, and misses that by",
+        "The probability was trained to be the share of the class in the patch, and is off by",
         f"{gap:.3f} on average (overlap 0.5). Calibration here is against the majority of pixels instead.",
     ]
     bins = ["", "| patches (overlap 0.5) | mean probability | observed share |", "|---|---|---|"]
@@ -138,13 +138,13 @@ def model_section(spec: Spec, model: PatchCNN, recipe: Recipe) -> str:
     return f"""\
 - {count:,} parameters: blocks of 3 x 3 convolution, batch normalisation and ReLU; global average pooling; one
   linear layer.
-- Input: {spec.patch_px} px RGB at {spec.mpp} mpp (assumed), float32 in 0..1, less {list(spec.mean)}, over
+- Input: {spec.patch_px} px RGB at {spec.mpp} mpp (assumed), float32 in 0..1, minus {list(spec.mean)}, divided by
   {list(spec.std)}.
 - Output: logits of {spec.classes[0]}, {spec.classes[1]}; probabilities by softmax.
 - Training: {recipe.steps} steps of {recipe.batch} random patches, AdamW (rate {recipe.learning_rate},
-  weight decay {recipe.weight_decay}) in one cycle, averaged weights; turns, mirrors, scale, stain
+  weight decay {recipe.weight_decay}) in one cycle, averaged weights; rotations, reflections, scale, stain
   strength, brightness, blur, noise and JPEG as augmentation; {recipe.glass:.0%} of patches are bare glass.
-- Loss: cross entropy of the patch with its share of {spec.classes[1]} pixels, plus
-  {recipe.cell_loss:g} times the same of every 8 px cell of the class activation map. The head's weights of
+- Loss: cross entropy between the patch and its share of {spec.classes[1]} pixels, plus
+  {recipe.cell_loss:g} times the same for every 8 px cell of the class activation map. The head's weights of
   the two classes are opposite, so that the CAM of one logit is half that of the difference.
-- Seeds are fixed. Another machine or library version can give other bytes and slightly other figures."""
+- Seeds are fixed. Another machine or library version may produce different bytes and slightly different figures."""

@@ -38,8 +38,8 @@ Tumour or other tissue in H&E of oral squamous cell carcinoma. Written by
 
 ## Intended use
 
-Showing and testing `wsi_gradcam` on real tissue. **Not for diagnosis**, and not for any slide but the one it
-learnt from.
+Demonstrating and testing `wsi_gradcam` on real tissue. **Not for diagnosis**, and not for any slide other than the
+one it was trained on.
 
 ## Model
 
@@ -48,24 +48,25 @@ learnt from.
 ## Data and licence
 
 Seven 640 px crops of one slide (1009009) with pixel masks of tumour, from the OCDC data set,
-https://doi.org/10.17632/9bsc36jyrt (CC BY 4.0), by way of the public repositories
+https://doi.org/10.17632/9bsc36jyrt (CC BY 4.0), through the public repositories
 sarah-antillia/ImageMask-Dataset-OCDC and sarah-antillia/Tensorflow-Image-Segmentation-OCDC (Apache-2.0).
-The weights are given under CC BY 4.0, with attribution to the authors of the data set. Masks are JPEG and
-are cut at half of 255. 0.5 mpp is assumed.
+The weights are released under CC BY 4.0, with attribution to the authors of the data set. Masks are JPEG and
+are thresholded at half of 255. 0.5 mpp is assumed.
 
 - Trained on: {", ".join(names[0])}.
 - Held out: {", ".join(names[1])}. `wsi-gradcam demo` shows these.
 
-The oral-cancer tiles of atlan-antillia/EfficientNet-Histopathologic-Oral-Cancer were considered and left out:
-one label a tile and no masks, two other magnifications, and of 1,224 files 14 groups are
+The oral-cancer tiles of atlan-antillia/EfficientNet-Histopathologic-Oral-Cancer were considered and left out: they have
+one label per tile and no masks, at two other magnifications, and among 1,224 files, 14 groups are
 byte-identical under both labels and 2 in both splits.
 
 ## Held-out figures
 
-Split by crop. The weights given are the ones judged: they never saw a pixel of the held-out crops. The
-figures still flatter a little: all crops are of one slide, and patch size, network, loss and training time
-were chosen before, by cross-validation over all seven. No two crops share tissue: the highest phase
-correlation of two under shifts, turns and mirrors is {match:.3f}; a copy gives 1, and crops that share a quarter 0.17.
+Split by crop. The weights provided are the ones evaluated: they never saw a pixel of the held-out crops. The
+figures are still slightly flattering: all crops are of one slide, and patch size, network, loss and training time
+were chosen beforehand, by cross-validation over all seven. No two crops share tissue: the highest phase
+correlation of two under shifts, rotations and reflections is {match:.3f}; a copy gives 1, and crops
+that share a quarter give 0.17.
 
 ### Maps
 
@@ -75,8 +76,8 @@ correlation of two under shifts, turns and mirrors is {match:.3f}; a copy gives 
 
 ### Patches
 
-A patch is tumour when more than half of its pixels are. Colour alone is a logistic regression on mean and
-standard deviation of R, G, B, trained and judged by the same split.
+A patch is tumour if more than half of its pixels are. "Colour alone" is a logistic regression on the mean and
+standard deviation of R, G, B, trained and evaluated on the same split.
 
 {patch_section(results)}
 
@@ -84,14 +85,14 @@ Bare glass, flat from 225 to 255: highest probability of tumour {glass:.3f}.
 
 ## Limits
 
-- One slide, one patient, one laboratory, one scanner: another stain or organ is outside what it knows, and
+- One slide, one patient, one laboratory, one scanner: any other stain or organ is outside what it knows, and
   nothing here measures that. Calibration holds within the slide at best.
-- Every crop that it learnt from holds tumour; what is negative is the keratin, inflammation, stroma and
+- Every crop that it was trained on contains tumour; the negative class is the keratin, inflammation, stroma and
   glass beside it. Normal epithelium, muscle, glands and fat were never seen.
 - Without overlap the probability map is as blocky as its {spec.patch_px} px patches: see "true share"
   above. Patches that overlap make it finer.
-- Cells were trained with the mask, so that Grad-CAM follows edges better than the probability does. It shows
-  how the score is made up; it is no independent evidence.
+- Cells were trained with the mask, so Grad-CAM follows edges better than the probability does. It shows how the
+  score is made up; it is not independent evidence.
 """
 
 
@@ -106,7 +107,7 @@ DAB-positive or negative tissue in an immunohistochemistry micrograph. Written b
 ## Intended use
 
 The model of `wsi-gradcam demo`: small, quick, and about something anyone can check by eye. **Not for scoring
-stains**: colour deconvolution, which gave the truth, does that without a CNN.
+stains**: colour deconvolution, which provided the ground truth, does that without a CNN.
 
 ## Model
 
@@ -116,17 +117,17 @@ stains**: colour deconvolution, which gave the truth, does that without a CNN.
 
 `skimage.data.immunohistochemistry()`: one 512 px micrograph of colonic glands, FHL2 in DAB, haematoxylin
 counterstain, from the Center for Microscopy and Molecular Imaging; no known copyright restrictions. The
-weights are given under CC0 1.0. The pixel size is not recorded; 0.5 mpp is assumed.
+weights are released under CC0 1.0. The pixel size is not recorded; 0.5 mpp is assumed.
 
-Truth is made, not annotated: the DAB channel of `skimage.color.rgb2hed`, smoothed by {DAB_SIGMA_PX:g} px so
-that unstained nuclei belong to their stained cells, above {DAB_THRESHOLD:g}, the valley between the two
+The ground truth is computed, not annotated: the DAB channel of `skimage.color.rgb2hed`, smoothed by
+{DAB_SIGMA_PX:g} px so that unstained nuclei belong to their stained cells, above {DAB_THRESHOLD:g}, the valley between the two
 modes of its histogram.
 
 ## Held-out figures
 
-Split by quadrant: the bottom right one (256 px) is painted white before training and is only judged. The
-weights given are the ones judged. The quadrant is a small gland in stroma, of the same micrograph and stain,
-and two glands cross its edge: an easy test.
+Split by quadrant: the bottom right one (256 px) is painted white before training and used only for evaluation.
+The weights provided are the ones evaluated. The quadrant is a small gland in stroma, from the same micrograph and
+stain, and two glands cross its edge: an easy test.
 
 ### Maps
 
@@ -136,8 +137,8 @@ and two glands cross its edge: an easy test.
 
 ### Patches
 
-A patch is positive when more than half of its pixels are. Colour alone is a logistic regression on mean and
-standard deviation of R, G, B, trained on the other quadrants; the label is a matter of
+A patch is positive if more than half of its pixels are. "Colour alone" is a logistic regression on the mean and
+standard deviation of R, G, B, trained on the other quadrants; the label itself is a matter of
 colour.
 
 {patch_section([result])}
@@ -147,7 +148,7 @@ Bare glass, flat from 225 to 255: highest probability of positive {glass:.3f}.
 ## Limits
 
 - One micrograph: other antibodies, stains, scanners, nuclear or membranous patterns were never seen.
-- Brown that is not DAB (pigment, folds, ink) will read as positive.
+- Brown that is not DAB (pigment, folds, ink) is taken for positive.
 - {result.apart.truth.size} cells and {result.overlapping.patch_share.size} overlapping patches are few, and
-  neighbours are alike: the figures have wide errors, which are not given.
+  neighbours are alike: the figures have wide error margins, which are not given.
 """

@@ -1,7 +1,7 @@
-"""Start a worker for each GPU of a job, bound to it: `python each_gpu.py COUNT ARGUMENTS` of Python for one worker.
+"""Start a worker for each GPU of a job, bound to it: `python each_gpu.py COUNT ARGUMENTS`, Python's for one worker.
 
-The queue says in CUDA_VISIBLE_DEVICES which GPUs the job has; of COUNT GPUs, where it does not. Each worker sees its
-own alone, and is called what --name says with .0, .1, ... behind it. The job ends when all of them have, or with them.
+The queue says in CUDA_VISIBLE_DEVICES which GPUs the job has; if it does not, there are COUNT. Each worker sees only
+its own, and its name is that of --name followed by .0, .1, ... The job ends when all of them have ended.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The part that recipes for clusters share: `wsi-gradcam explain` in a process of its own, beside the scheduler."""
+"""The part that recipes for clusters share: `wsi-gradcam explain` in a separate process, beside the scheduler."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
-ENDING_S = 60  # what `explain` may take to end when it is told to: it gives workers 30 s
-TENDED_S = 0.5  # how often a recipe looks after what it started
+ENDING_S = 60  # how long `explain` may take to end when told to: it gives workers 30 s
+TENDED_S = 0.5  # how often a recipe checks what it started
 
 
 class Stops:
-    """What becomes of Ctrl-C, SIGTERM and a closed terminal, from the beginning of a recipe to its end.
+    """The handling of Ctrl-C, SIGTERM and a closed terminal, from the beginning of a recipe to its end.
 
-    Before `explain` runs they end the recipe, with 128 + the number of the signal. While it runs they are passed on to
-    it, so that it ends in its own time. Afterwards, while jobs are cancelled, they are ignored.
+    Before `explain` runs, they end the recipe, with 128 + the number of the signal. While it is running, they are
+    passed on to it, so that it ends in its own time. Afterwards, while jobs are being cancelled, they are ignored.
     """
 
     def __init__(self) -> None:
@@ -26,7 +26,7 @@ class Stops:
 
     @contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle the signals in this context, of the main thread."""
+        """Handle the signals in this context, in the main thread."""
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         heard = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]  # as after nohup
         before = {number: signal.signal(number, self._take) for number in heard}
@@ -49,14 +49,14 @@ class Stops:
         self.signal = self.signal or passed
         if self._process is None:
             raise SystemExit(128 + number)
-        self._process.send_signal(passed)  # of a process that has ended Popen takes no notice
+        self._process.send_signal(passed)  # Popen ignores it for a process that has ended
 
 
 STOPS = Stops()
 
 
 class NothingBegunError(Exception):
-    """No worker has come and none will, so that `explain`, which waits for one, has nothing to end in order."""
+    """No worker has come and none will, so `explain`, which is waiting for one, has nothing to finish."""
 
 
 def explain(
@@ -65,12 +65,13 @@ def explain(
     wait_s: int | None = None,
     tend: Callable[[], object] = lambda: None,
 ) -> int:
-    """Run it on the scheduler at this address; returns its exit status, after Ctrl-C or SIGTERM too.
+    """Run it on the scheduler at this address, and return its exit status, after Ctrl-C or SIGTERM too.
 
-    For workers that are missing it waits `wait_s`, unless the arguments say otherwise. Meanwhile `tend` is called
-    again and again; what it raises ends `explain`, and is raised; after a `NothingBegunError` without a last word.
+    It waits `wait_s` for missing workers, unless the arguments say otherwise. Meanwhile `tend` is called again and
+    again; an error from it ends `explain`, and is raised; after a `NothingBegunError`, `explain` is killed without a
+    last word.
 
-    It is in a session of its own, where a terminal's Ctrl-C reaches it through this process alone, once each time.
+    It runs in a session of its own, so that a terminal's Ctrl-C reaches it only through this process, once each time.
     """
     waiting = [] if wait_s is None else ["--wait-for-workers", str(wait_s)]
     command = [sys.executable, "-m", "wsi_gradcam.cli", "explain", *waiting, *arguments, "--scheduler", scheduler]
@@ -100,7 +101,7 @@ def _ended(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End `explain` in its own time, and not for ever."""
+    """End `explain` in its own time, but do not wait for ever."""
     process.terminate()
     try:
         process.wait(ENDING_S)

@@ -1,11 +1,11 @@
-"""Explain slides on a cluster with HTCondor: each worker is a job; as slurm.py for SLURM.
+"""Explain slides on a cluster with HTCondor: each worker is a job; like slurm.py for SLURM.
 
     python pipelines/htcondor.py --gpus 1 --workers 8 --hours 8 \\
         slides/ --model oral-tumour --target tumour --device cuda --out /shared/results
 
-The nodes must see this environment, slides, model file and --out at the same paths. `--directive 'NAME = VALUE'` adds
-a line. HTCondor has no queues and limits no time: workers leave by themselves. Tested as far as what is submitted, and
-what HTCondor answers.
+The nodes must see this environment, the slides, the model file and --out at the same paths. `--directive 'NAME =
+VALUE'` adds a line. HTCondor has no queues and does not limit time: workers leave on their own. Tested are what is
+submitted and the reading of HTCondor's answers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class HTCondor(System):
     job_id = r"submitted to cluster (\d+)"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add what HTCondor alone has."""
+        """Add the arguments that only HTCondor has."""
         super().add_arguments(parser)
         parser.add_argument("--disk", type=memory, default="1GiB", help="scratch space of a job (default 1GiB)")
 
@@ -65,7 +65,7 @@ class HTCondor(System):
 
 
 def seen(status: str, why: str) -> Seen:
-    """Return what HTCondor says of a job."""
+    """Return what HTCondor says about a job."""
     if status == HELD:
         return Seen(WAITS, f"held: {why}")
     if status == IDLE:

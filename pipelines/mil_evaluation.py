@@ -1,4 +1,4 @@
-"""Judge a slide-level model on crops that it never saw: its answers for slides, and its maps against the masks."""
+"""Evaluate a slide-level model on crops that it never saw: its answers for slides, and its maps against the masks."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +25,7 @@ MAPS = {
     "single": f"probability: {TARGET}",
 }
 COLOUR = "colour alone"
-# One engine on every machine: figures shall be the same.
+# One engine on every machine, so that figures are the same.
 SETTINGS: dict[str, Any] = {"engine": "eager", "precision": "float32", "batch_size": 32, "heatmap_stride": CELL_PX}
 
 
@@ -56,11 +56,11 @@ class Judged:
 
     @property
     def line(self) -> str:
-        """The figures in a line."""
+        """The figures on one line."""
         return f"{self.name}: slides {self.auroc:.3f}, chain {mean_of([self], 'maps', 'chain'):.3f}"
 
     def to_json(self) -> dict[str, Any]:
-        """The figures as plain values; None where there is none."""
+        """The figures as plain values; None if there is none."""
         return {**_plain(asdict(self)), "auroc": _plain(self.auroc)}
 
 
@@ -73,14 +73,14 @@ def _plain(value: Any) -> Any:
 
 
 def auroc(judged: Sequence[Judged]) -> float:
-    """ROC AUC of the answers for slides of all groups; nan where they are all of one kind."""
+    """ROC AUC of the answers for slides of all groups; nan if they are all of one kind."""
     slides = [slide for each in judged for slide in each.slides]
     labels, answers = (np.array([slide[k] for slide in slides]) for k in (0, 1))
     return roc_auc(labels.astype(bool), answers.astype(float)) if slides else float("nan")
 
 
 def mean_of(judged: Sequence[Judged], table: str, name: str) -> float:
-    """The mean of a ROC AUC over crops that have both kinds; nan where none has."""
+    """The mean of a ROC AUC over crops that have both kinds; nan if none has."""
     found = [getattr(crop, table).get(name, float("nan")) for each in judged for crop in each.crops]
     known = [value for value in found if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
@@ -88,7 +88,7 @@ def mean_of(judged: Sequence[Judged], table: str, name: str) -> float:
 
 @dataclass(frozen=True)
 class Mosaics:
-    """The slides that a model answers for: how many, of how many windows, and the seed of their drawing."""
+    """The slides that a model is asked about: how many, with how many windows, and the seed of their drawing."""
 
     count: int
     sizes: tuple[int, int]
@@ -98,14 +98,14 @@ class Mosaics:
 def judge(
     model: Path, crops: Sequence[Crop], others: Sequence[Crop], out: Path, mosaics: Mosaics, mpp: float
 ) -> Judged:
-    """Lay slides out of held-out crops, have them explained, and compare with the masks.
+    """Make slides from held-out crops, have them explained, and compare with the masks.
 
     Args:
         model: the model's file.
         crops: held-out crops of one patient.
-        others: crops whose masks teach the baseline of colour; of a single held-out crop without others there is none.
+        others: crops whose masks train the colour baseline; for a single held-out crop without others there is none.
         out: folder for the slides and their results.
-        mosaics: slides of windows, every second with tumour.
+        mosaics: slides of windows, every second one with tumour.
         mpp: micrometres per pixel of the crops.
 
     Raises:
@@ -135,7 +135,7 @@ def _explained(slides: Path, model: Path, out: Path, **options: Any) -> dict[str
 def _answers(
     model: Path, crops: Sequence[Crop], folder: Path, mosaics: Mosaics, mpp: float
 ) -> list[tuple[bool, float]]:
-    """Write mosaics and have the model answer for them; none where the crops have no windows of a kind."""
+    """Write mosaics and get the model's answers for them; none if the crops have no windows of a kind."""
     random = np.random.default_rng(mosaics.seed)
     kinds = [[pieces for crop in crops if (pieces := windows(crop, kind, 64, random))] for kind in (False, True)]
     if not all(kinds):
@@ -183,7 +183,7 @@ def _colours(rgb: Any) -> Floats:
 
 
 def _colour(others: Sequence[Crop], of: Floats) -> Floats | None:
-    """Probability of tumour of patches by mean and spread of R, G, B, as the masks of other crops teach it."""
+    """Probability of tumour of patches from the mean and spread of R, G, B, learned from the masks of other crops."""
     cuts = [cut(crop.rgb, crop.mask, WINDOW_PX, 0.5) for crop in others]
     truth = np.concatenate([each.share for each in cuts]) > 0.5 if cuts else np.zeros(0, bool)
     if truth.all() or not truth.any():

@@ -1,8 +1,8 @@
-"""Slides whose label alone is known, laid out from annotated crops of H&E.
+"""Slides of which only a label is known, made from annotated crops of H&E.
 
-A crop is cut into windows, of tumour (more than half of the mask) and free of it (not a pixel). A slide is a mosaic of
-windows on glass: one with tumour has windows of both kinds, one without has those free of tumour. Both come from
-the same crops, so that neither stain nor scanner tells them apart.
+A crop is cut into windows with tumour (more than half of the mask) and free of it (not a single pixel). A slide is a
+mosaic of windows on glass: one with tumour has windows of both kinds, one without has only those free of tumour. Both
+come from the same crops, so that neither stain nor scanner gives them away.
 """
 
 import re

@@ -1,9 +1,9 @@
-"""Explain slides on a cluster with PBS (OpenPBS, PBS Professional): each worker is a job; as slurm.py for SLURM.
+"""Explain slides on a cluster with PBS (OpenPBS, PBS Professional): each worker is a job; like slurm.py for SLURM.
 
     python pipelines/pbs.py --queue gpuq --gpus 1 --workers 8 --hours 8 \\
         slides/ --model oral-tumour --target tumour --device cuda --out /shared/results
 
-Tested as far as the job script and what PBS answers; `--resources` replaces what is asked for, as Torque has it.
+Tested are the job script and the reading of PBS's answers; `--resources` replaces what is requested, as for Torque.
 """
 
 from __future__ import annotations

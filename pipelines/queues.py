@@ -1,13 +1,14 @@
-"""What recipes for clusters with a queue share: each worker is a job; the recipe is their scheduler.
+"""The part that recipes for clusters with a queue share: each worker is a job; the recipe is their scheduler.
 
-A recipe (slurm.py, pbs.py, lsf.py, sge.py, htcondor.py) says what its queue is told and how it is asked. Job scripts
-are dask-jobqueue's. What happens to jobs is seen to here, as dask-jobqueue waits for ever for jobs that never come:
+A recipe (slurm.py, pbs.py, lsf.py, sge.py, htcondor.py) defines what its queue is told and how it is asked. Job scripts
+are dask-jobqueue's. Jobs are looked after here, because dask-jobqueue waits for ever for jobs that never come:
 
-- Jobs are submitted once `explain` has found its arguments right and reached the scheduler.
-- A first job that the queue refuses ends the run with the queue's own words. Later ones are tried again.
-- The queue is asked for its jobs again and again. Why jobs wait is told. One that ended, or whose worker is gone, is
-  told with the last lines of its log and replaced; and where job after job ends without a worker, the run ends.
-- At the end, and after Ctrl-C or SIGTERM, all jobs are cancelled. If this process is killed workers end by themselves.
+- Jobs are submitted once `explain` has checked its arguments and reached the scheduler.
+- If the queue refuses the first job, the run ends with the queue's own message. Later jobs are tried again.
+- The queue is asked for its jobs again and again. The reasons why jobs wait are reported. A job that has ended, or
+  whose worker is gone, is reported with the last lines of its log and replaced; if job after job ends without a worker,
+  the run ends.
+- At the end, and after Ctrl-C or SIGTERM, all jobs are cancelled. If this process is killed, workers exit on their own.
 """
 
 from __future__ import annotations
@@ -36,24 +37,24 @@ import certificates
 import explaining
 from amounts import directive, duration, memory, positive
 
-QUEUE_S = 86_400  # the queue may let a run wait for workers so long
-COMMAND_S = 120  # for a command of the queue; SLURM's wait some 10 s for a controller that is away
+QUEUE_S = 86_400  # how long the queue may let a run wait for workers
+COMMAND_S = 120  # for a command of the queue; SLURM's commands wait about 10 s for an unreachable controller
 ASKED_S = (2.0, 30.0)  # between two questions to the queue: the first after something happened, and the last
-GONE_S = 20.0  # a job that runs on without its worker for so long is replaced, such as one on a lost node
-YOUNG_S = 60.0  # a worker that lived for less is no success
+GONE_S = 20.0  # a job that continues without its worker for this long is replaced, such as one on a lost node
+YOUNG_S = 60.0  # a worker that lived for less does not count as a success
 LONGEST_PAUSE_S = 300.0  # before a job is replaced, after many that ended at once
 TRIES = 2  # jobs beyond those wanted that may end without a worker before the run is given up
 LOG_LINES, LOG_BYTES = 5, 8192
 HERE = Path(__file__).parent
 EACH_GPU = HERE / "each_gpu.py"
-# Dask's processes import from their folder for scratch files, which must not be one that others made.
+# Dask's processes import from their scratch folder, which must not be one that others made.
 SCRATCH = ("export DASK_TEMPORARY_DIRECTORY=`mktemp -d`", "trap 'rm -rf \"$DASK_TEMPORARY_DIRECTORY\"' EXIT")
 
 
 def imported() -> ModuleType:
-    """Return dask-jobqueue, imported without two things that its import does besides.
+    """Return dask-jobqueue, imported without two side effects of its import.
 
-    It has Ctrl-C end the process with 0 (`dask_jobqueue.runner`), and writes a file into the home folder.
+    It makes Ctrl-C end the process with status 0 (`dask_jobqueue.runner`), and writes a file into the home folder.
     """
     handler, ensure_file = signal.getsignal(signal.SIGINT), dask.config.ensure_file
     dask.config.ensure_file = lambda **_: None
@@ -71,7 +72,7 @@ WAITS, RUNS, OVER = "waits", "runs", "over"
 
 @dataclass(frozen=True)
 class Seen:
-    """What the queue says of a job: that it waits, runs, or is over; in its own words; and whether it can never run."""
+    """What the queue says about a job: whether it waits, runs or is over, in its own words, and can never run."""
 
     state: str
     words: str = ""
@@ -79,11 +80,11 @@ class Seen:
 
 
 class QueueError(Exception):
-    """The queue refuses, or does not answer; in its own words."""
+    """The queue refuses, or does not answer; with its own message."""
 
 
 class System(ABC):
-    """A queueing system, as far as it is needed: what it is told of a job, and what it says of jobs."""
+    """A queueing system, as far as needed: what it is told about a job, and what it says about jobs."""
 
     name: str
     job: Any  # dask-jobqueue's class, which writes the job script
@@ -95,7 +96,9 @@ class System(ABC):
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
         """Add the arguments that only this system has."""
-        parser.add_argument("--gpus", type=positive, default=0, help="GPUs of a job, one worker each (default none)")
+        parser.add_argument(
+            "--gpus", type=positive, default=0, help="GPUs per job, with one worker each (default none)"
+        )
 
     def gpus(self, given: argparse.Namespace) -> int:
         """Return the number of a job's GPUs."""
@@ -126,20 +129,26 @@ def parsed(system: System, description: str) -> tuple[argparse.Namespace, list[s
     """Return the arguments of a recipe, and those of `explain`."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
     add = parser.add_argument
-    add("--partition", "--queue", dest="queue", help=f"{system.name}'s name of the queue")
-    add("--account", help="whom the queue charges")
-    add("--workers", type=positive, default=2, metavar="JOBS", help="jobs (default 2); one worker each, or one a GPU")
-    add("--minimum", type=positive, help="keep that many jobs only while there is little to do (default: all)")
-    add("--cpus", type=positive, default=4, help="cores of a job (default 4)")
-    add("--memory", type=memory, default="8GiB", help="memory of a job (default 8GiB)")
+    add("--partition", "--queue", dest="queue", help=f"name of the queue in {system.name}")
+    add("--account", help="account that the queue charges")
+    add("--workers", type=positive, default=2, metavar="JOBS", help="jobs (default 2); one worker each, or one per GPU")
+    add("--minimum", type=positive, help="keep only this many jobs while there is little to do (default: all)")
+    add("--cpus", type=positive, default=4, help="cores per job (default 4)")
+    add("--memory", type=memory, default="8GiB", help="memory per job (default 8GiB)")
     times = parser.add_mutually_exclusive_group()
-    times.add_argument("--hours", type=positive, help="time of a job in whole hours (default 4)")
-    times.add_argument("--time", type=duration, help="the same to the second, as SLURM reads it: 0:30:00, 90, 1-12")
-    add("--directive", type=directive, action="append", default=[], help="one more line for the queue; may be repeated")
+    times.add_argument("--hours", type=positive, help="time per job in whole hours (default 4)")
+    times.add_argument("--time", type=duration, help="the same in SLURM's format, to the second: 0:30:00, 90, 1-12")
+    add(
+        "--directive",
+        type=directive,
+        action="append",
+        default=[],
+        help="another directive for the queue; may be repeated",
+    )
     system.add_arguments(parser)
-    add("--interface", help="network that the nodes share, such as ib0")
-    add("--dashboard", default="", help="address of Dask's page, such as 127.0.0.1:8787 (default: none)")
-    add("--logs", type=Path, default=Path(system.logs), help=f"folder for what jobs print (default {system.logs})")
+    add("--interface", help="network interface that the nodes share, such as ib0")
+    add("--dashboard", default="", help="address for Dask's dashboard, such as 127.0.0.1:8787 (default: none)")
+    add("--logs", type=Path, default=Path(system.logs), help=f"folder for the output of jobs (default {system.logs})")
     add("--python", default=sys.executable, help="the nodes' Python (default: this one's path)")
     add("--print", action="store_true", help="print the job script; submit and write nothing")
     given, explain = parser.parse_known_args()
@@ -153,11 +162,12 @@ def parsed(system: System, description: str) -> tuple[argparse.Namespace, list[s
 def script(system: System, given: argparse.Namespace, name: str, address: str, key: Path, log: Path) -> str:
     """Return the script of a job, whose worker has the key of a folder.
 
-    Two threads a worker: one has patches read for the other. Seven beside a GPU, of which four are for it. A worker
-    leaves before its job's time is over, 15 minutes before it if that is not too much.
+    There are two threads per worker: one has patches read for the other; with a GPU there are seven, four of which
+    serve it. A worker leaves before its job's time is over, 15 minutes before the end unless that is too much.
     """
     gpus, margin = system.gpus(given), min(900, given.seconds // 4)
-    # No limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back. The queue's limit holds.
+    # No limit by Dask: a paused worker would wait for ever, because torch never returns memory. The queue's limit
+    # applies.
     worker = [
         "--memory-limit",
         "0",
@@ -174,7 +184,7 @@ def script(system: System, given: argparse.Namespace, name: str, address: str, k
         name=name,
         job_name="wsi-gradcam",
         python=shlex.join(launcher),
-        cores=7 if gpus else 2,  # Dask's word for threads
+        cores=7 if gpus else 2,  # Dask's name for threads
         processes=1,
         death_timeout=60,
         memory=given.memory,
@@ -187,17 +197,19 @@ def script(system: System, given: argparse.Namespace, name: str, address: str, k
 
 
 def asked(command: Sequence[str], text: str = "", forgotten: str = r"$^") -> str:
-    """Return what a command of the queue prints, whatever Ctrl-C does meanwhile; `forgotten` is no error.
+    """Return what a command of the queue prints, whatever Ctrl-C does meanwhile; `forgotten` is not an error.
 
     Raises:
-        QueueError: there is no such command, it takes too long, or it fails; with its own last words.
+        QueueError: there is no such command, it takes too long, or it fails, with its last output.
     """
     try:
         done = subprocess.run(
             command, input=text, capture_output=True, text=True, timeout=COMMAND_S, check=True, start_new_session=True
         )
     except FileNotFoundError:
-        raise QueueError(f"{command[0]}: there is no such command here; start this where jobs are submitted") from None
+        raise QueueError(
+            f"{command[0]}: there is no such command here; start this where jobs can be submitted"
+        ) from None
     except subprocess.TimeoutExpired:
         raise QueueError(f"{command[0]} did not answer within {COMMAND_S} s") from None
     except (OSError, subprocess.CalledProcessError) as error:
@@ -211,13 +223,13 @@ def asked(command: Sequence[str], text: str = "", forgotten: str = r"$^") -> str
 
 @dataclass
 class Job:
-    """A job that was submitted, and what is known of it.
+    """A submitted job, and what is known about it.
 
     Attributes:
         name: of its worker; workers of several GPUs are NAME.0, NAME.1, ...
-        came: when its first worker came, None before.
-        gone: since when it has had none any more.
-        unknown: how often in a row the queue has not named it.
+        came: when its first worker came; None before that.
+        gone: since when it has had no worker any more.
+        unknown: how many times in a row the queue has not listed it.
     """
 
     name: str
@@ -251,14 +263,14 @@ class Jobs:
         self._cancel(self._jobs)
 
     def tend(self) -> None:
-        """See to the jobs, once; to be called again and again.
+        """Look after the jobs once; this must be called again and again.
 
         Raises:
-            NothingBegunError: the first job is refused, or no job brings a worker; and none has come.
-            QueueError: the same, after workers had come.
+            NothingBegunError: the first job is refused, or no job produces a worker, and there has been none.
+            QueueError: the same, after there had been workers.
         """
         clients, names = self._cluster.sync(self._look)
-        if not clients and not self._submitted:  # `explain` has still to find its arguments right
+        if not clients and not self._submitted:  # `explain` has yet to check its arguments
             return
         now = time.monotonic()
         self._compare(names, now)
@@ -269,13 +281,13 @@ class Jobs:
             self._submit()
 
     async def _look(self) -> tuple[int, set[str]]:
-        """Return how many clients the scheduler has beside its own, and the names of jobs that have workers."""
+        """Return how many clients the scheduler has besides its own, and the names of jobs that have workers."""
         scheduler = self._scheduler
         clients = [name for name in scheduler.clients if name != "fire-and-forget"]
         return len(clients), {str(worker.name).partition(".")[0] for worker in scheduler.workers.values()}
 
     def _compare(self, names: set[str], now: float) -> None:
-        """See which jobs have workers now."""
+        """Find out which jobs have workers now."""
         for job in self._jobs:
             if job.name in names:
                 if job.came is None:
@@ -287,7 +299,7 @@ class Jobs:
                 self._soon(now)
 
     def _soon(self, now: float) -> None:
-        """Ask the queue soon, as something has happened."""
+        """Ask the queue soon, because something has happened."""
         self._pause = ASKED_S[0]
         self._ask_at = min(self._ask_at, now + self._pause)
 
@@ -299,7 +311,7 @@ class Jobs:
             seen = self._system.answer(asked(question, forgotten=self._system.forgotten))
         except QueueError as error:
             if not self._silent:
-                say(f"the queue cannot be asked for jobs ({error}); it is asked again")
+                say(f"the queue does not list its jobs ({error}); trying again")
             self._silent = str(error)
             return
         if self._silent:
@@ -313,16 +325,16 @@ class Jobs:
         self._tell_why(waiting)
 
     def _judge(self, job: Job, found: Seen | None, now: float) -> None:
-        """Replace a job that is over, or runs without its worker."""
+        """Replace a job that is over, or that runs without its worker."""
         job.unknown = job.unknown + 1 if found is None else 0
         if job.unknown >= 2 or (found is not None and found.state == OVER):  # one listing may be too early
-            self._over(job, found.words if found is not None and found.words else "it is gone from the queue", now)
+            self._over(job, found.words if found is not None and found.words else "the queue no longer lists it", now)
         elif job.gone is not None and now - job.gone > GONE_S:
             self._cancel([job])
-            self._over(job, f"its worker has been gone for {GONE_S:g} s; it is cancelled", now)
+            self._over(job, f"its worker has been gone for {GONE_S:g} s, so it is cancelled", now)
 
     def _over(self, job: Job, words: str, now: float) -> None:
-        """Tell of a job that is over, and when it may be replaced."""
+        """Report a job that is over, and set when it may be replaced."""
         self._jobs.remove(job)
         lived = 0.0 if job.came is None else (job.gone or now) - job.came
         if job.came is not None and lived > YOUNG_S:
@@ -333,10 +345,10 @@ class Jobs:
         told = f"job {job.id} has ended {'at once' if job.came else 'without a worker'}: {words}"
         say(told + last_lines(job.log))
         if self._failed >= self._wanted + TRIES and not any(job.came and not job.gone for job in self._jobs):
-            self._give_up(f"{self._failed} jobs in a row have ended so; the last: {told}; its log is {job.log}")
+            self._give_up(f"{self._failed} jobs in a row ended like this; the last: {told}; its log is {job.log}")
 
     def _tell_why(self, waiting: list[Seen]) -> None:
-        """Tell each new reason for which jobs wait; none can ever run where all have a reason that does not pass."""
+        """Report each new reason why jobs wait; if all have one that never goes away, none can ever run."""
         for words in dict.fromkeys(found.words for found in waiting):
             if words and words not in self._told:
                 self._told.add(words)
@@ -349,7 +361,7 @@ class Jobs:
         raise QueueError(words) if self._came else explaining.NothingBegunError(words)
 
     def _size(self, now: float) -> None:
-        """Have as many jobs as there is work for, where there may be fewer; fewer only when that is so for long."""
+        """Have as many jobs as there is work for, if fewer are allowed; reduce them only after some time."""
         if self._given.minimum == self._given.workers or now < self._sized_at:
             return
         self._sized_at = now + 5
@@ -367,11 +379,11 @@ class Jobs:
             self._cancel(ending)
 
     async def _target(self) -> int:
-        """Return how many workers Dask would have for the work that there is."""
+        """Return how many workers Dask would use for the present work."""
         return int(self._scheduler.adaptive_target())
 
     async def _retired(self, count: int) -> set[str]:
-        """Let so many idle workers leave; return the names of their jobs."""
+        """Let this many idle workers leave; return the names of their jobs."""
         scheduler = self._scheduler
         if not count:
             return set()
@@ -383,7 +395,7 @@ class Jobs:
         return names
 
     def _submit(self) -> None:
-        """Submit the jobs that are wanted; the first one that is refused ends all, later ones are tried again."""
+        """Submit the required jobs; if the first one is refused, everything ends; later ones are tried again."""
         self._given.logs.mkdir(parents=True, exist_ok=True)
         while len(self._jobs) < self._wanted:
             self._number += 1
@@ -394,7 +406,7 @@ class Jobs:
                 answer = asked(self._system.submit, text)
                 found = re.search(self._system.job_id, answer)
                 if found is None:
-                    raise QueueError(f"{self._system.submit[0]} says {answer.strip()!r}, which names no job")
+                    raise QueueError(f"{self._system.submit[0]} answered {answer.strip()!r}, without the id of a job")
             except QueueError as error:
                 self._refuse(error)
                 return
@@ -403,34 +415,34 @@ class Jobs:
             self._soon(time.monotonic())
 
     def _refuse(self, error: QueueError) -> None:
-        """Tell of a submission that failed."""
+        """Report a submission that failed."""
         if not self._submitted:
             raise explaining.NothingBegunError(str(error)) from error
         self._refused += 1
         pause = min(LONGEST_PAUSE_S, 2.0**self._refused)
         self._not_before = time.monotonic() + pause
         if self._refused == 1:
-            say(f"a job was not taken ({error}); it is tried again")
+            say(f"a job was not accepted ({error}); trying again")
 
     def _cancel(self, jobs: Sequence[Job]) -> None:
-        """Cancel jobs; where that fails, tell how to."""
+        """Cancel jobs; if that fails, say how to do it."""
         if not jobs:
             return
         command = [*self._system.cancel, *(job.id for job in jobs)]
         try:
             asked(command)
         except QueueError as error:
-            say(f"jobs could not be cancelled ({error}); see to it yourself: {shlex.join(command)}")
+            say(f"jobs could not be cancelled ({error}); do it yourself: {shlex.join(command)}")
 
 
 def say(text: str) -> None:
-    """Tell the user something."""
+    """Print a message for the user."""
     with suppress(OSError):
         print(text, file=sys.stderr, flush=True)
 
 
 def last_lines(log: Path) -> str:
-    """Return the last lines of a job's log, one a line after a first that names it; "" where there is none."""
+    """Return the last lines of a job's log, each on a line of its own, after one that names the log."""
     try:
         with log.open("rb") as file:
             file.seek(max(0, log.stat().st_size - LOG_BYTES))
@@ -456,7 +468,7 @@ def scheduler(given: argparse.Namespace) -> Iterator[SpecCluster]:
 
 
 def main(system: System, description: str) -> int:
-    """Explain the slides, and return the exit status of `wsi-gradcam explain`; or 2 where no job brings a worker."""
+    """Explain the slides, and return the exit status of `wsi-gradcam explain`, or 2 if no job produces a worker."""
     given, explain = parsed(system, description)
     if given.print:
         key = Path.cwd() / ".wsi-gradcam-tls-RUN"

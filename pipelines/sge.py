@@ -1,10 +1,10 @@
-"""Explain slides on a cluster with Grid Engine (SGE, Altair): each worker is a job; as slurm.py for SLURM.
+"""Explain slides on a cluster with Grid Engine (SGE, Altair): each worker is a job; like slurm.py for SLURM.
 
     python pipelines/sge.py --queue gpu.q --pe smp --gpus 1 --workers 8 --hours 8 \\
         slides/ --model oral-tumour --target tumour --device cuda --out /shared/results
 
-Sites name memory and GPUs as they like: `--resources` says how, with CPUS, MB (a core) and GPUS for the numbers.
-Tested as far as the job script and what Grid Engine answers.
+Sites name memory and GPUs as they like: `--resources` says how, with CPUS, MB (per core) and GPUS in place of the
+numbers. Tested are the job script and the reading of Grid Engine's answers.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Sge(System):
     logs = "sge-logs"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add what Grid Engine alone has."""
+        """Add the arguments that only Grid Engine has."""
         super().add_arguments(parser)
         parser.add_argument("--pe", default="smp", help="parallel environment of the cores of one node (default smp)")
         parser.add_argument("--resources", help="default h_vmem=MBM, and with GPUs h_vmem=MBM,gpu=GPUS")
 
     def options(self, given: argparse.Namespace, log: Path) -> dict[str, Any]:
-        """Return the directives. Memory is asked for a core; a job is not started again by the queue itself."""
+        """Return the directives. Memory is requested per core; the queue itself does not restart jobs."""
         wanted = given.resources or ("h_vmem=MBM,gpu=GPUS" if given.gpus else "h_vmem=MBM")
         numbers = {"CPUS": given.cpus, "MB": -(-megabytes(given.memory) // given.cpus), "GPUS": given.gpus}
         for word, number in numbers.items():
@@ -60,7 +60,7 @@ class Sge(System):
 
 
 def seen(state: str) -> Seen:
-    """Return what Grid Engine says of a job."""
+    """Return what Grid Engine says about a job."""
     if "E" in state:
         return Seen(WAITS, f"{state}: it could not be started (qstat -j ID says why)", hopeless=True)
     if "q" in state or "w" in state:

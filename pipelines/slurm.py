@@ -1,18 +1,18 @@
-"""Explain slides on a SLURM cluster: each worker is a job; this program, on the login node, is their scheduler.
+"""Explain slides on a SLURM cluster: each worker is a job, and this program, on the login node, is their scheduler.
 
     python pipelines/slurm.py --partition gpu --gres gpu:1 --workers 8 --hours 8 \\
         slides/ --model oral-tumour --target tumour --device cuda --out /shared/results
 
-What --help does not list are arguments of `wsi-gradcam explain`. With --print the job script is printed, and nothing
-is submitted or written. Needs `pip install 'wsi-gradcam[cluster]'` in an environment that all nodes see, and slides,
-model file and --out at the same paths everywhere.
+Arguments that --help does not list are passed to `wsi-gradcam explain`. With --print, the job script is printed, and
+nothing is submitted or written. This needs `pip install 'wsi-gradcam[cluster]'` in an environment that all nodes can
+see, and slides, model file and --out at the same paths everywhere.
 
-Jobs that end, or are preempted, are replaced while the run goes on; why jobs wait or end is told (queues.py). A worker
-leaves some 15 minutes before its job's time is over; what it had in hand is done by another. After Ctrl-C, or when the
+Jobs that end, or are preempted, are replaced during the run; the reasons why jobs wait or end are reported (queues.py).
+A worker leaves about 15 minutes before its job's time is over, and others take over its tasks. After Ctrl-C, or if the
 login node went down, give the same command again.
 
-Scheduler and workers answer those alone that have a key, made for this run in a folder of the working folder that
-nobody else may read; so start it in a folder that all nodes see.
+The scheduler and the workers answer only those who have a key, which is made for this run in a folder of the working
+directory that nobody else can read; so start this in a directory that all nodes can see.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Slurm(System):
     logs = "slurm-logs"
 
     def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """Add what SLURM alone has."""
-        parser.add_argument("--gres", type=gres, help="what a job gets besides cores and memory: gpu:1, gpu:a100:4")
+        """Add the arguments that only SLURM has."""
+        parser.add_argument("--gres", type=gres, help="resources per job besides cores and memory: gpu:1, gpu:a100:4")
         parser.add_argument("--qos", help="quality of service")
         parser.add_argument("--constraint", help="features that nodes must have")
 
@@ -52,7 +52,7 @@ class Slurm(System):
         return folder / "wsi-gradcam-%j.log"
 
     def options(self, given: argparse.Namespace, log: Path) -> dict[str, Any]:
-        """Return the directives. SLURM is not to start a job again by itself, as a lost one is replaced here."""
+        """Return the directives. SLURM must not restart jobs itself, because lost ones are replaced here."""
         named = {"gres": given.gres, "qos": given.qos, "constraint": given.constraint}
         lines = [f'--output="{log}"', "--no-requeue", *(f"--{key}={value}" for key, value in named.items() if value)]
         return {
@@ -73,11 +73,11 @@ class Slurm(System):
         return {number: seen(state, reason) for number, state, reason in rows}
 
 
-# Reasons of SLURM's for which a job waits until an administrator, or its user, changes something.
+# SLURM's reasons for which a job waits until an administrator, or its user, changes something.
 HOPELESS = {
     "PartitionTimeLimit": "its time is above the partition's limit; give a shorter --time, or another --partition",
-    "PartitionNodeLimit": "the partition has not so many nodes",
-    "BadConstraints": "no node has all that is asked for",
+    "PartitionNodeLimit": "the partition does not have that many nodes",
+    "BadConstraints": "no node has everything that was asked for",
     "AccountNotAllowed": "give another --account",
     "QOSNotAllowed": "give another --qos",
     "InvalidAccount": "give another --account",
@@ -90,7 +90,7 @@ WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", 
 
 
 def seen(state: str, reason: str) -> Seen:
-    """Return what SLURM says of a job."""
+    """Return what SLURM says about a job."""
     reason = "" if reason in ("None", "(null)") else reason
     if state in WAITING:
         mend = HOPELESS.get(reason)
@@ -101,14 +101,14 @@ def seen(state: str, reason: str) -> Seen:
 
 
 def gres(text: str) -> str:
-    """Return what --gres takes."""
+    """Return a valid value for --gres."""
     if not re.fullmatch(r"[\w:.,=/\[\]()-]+", text):
         raise argparse.ArgumentTypeError(f"expected names and numbers such as gpu:a100:4, not {text!r}")
     return text
 
 
 def gpus_of(asked: str) -> int:
-    """Return the number of GPUs among what --gres asks for."""
+    """Return the number of GPUs that --gres asks for."""
     counts = [
         re.fullmatch(r"(?:gres[:/])?gpu(?:[:=][A-Za-z][\w.-]*)?(?:[:=](\d+))?", part) for part in asked.split(",")
     ]

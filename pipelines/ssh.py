@@ -1,16 +1,16 @@
-"""Explain slides on machines that `ssh` reaches: this program is the scheduler, workers are started over ssh.
+"""Explain slides on machines that `ssh` can reach: this program is the scheduler, and workers are started over ssh.
 
     python pipelines/ssh.py --hosts node1,node2 --per-host 2 --gpus \\
         slides/ --model oral-tumour --target tumour --device cuda --out /shared/results
 
-What --help does not list are arguments of `wsi-gradcam explain`. With --print the command lines are printed, and
-nothing is started. `ssh HOST` must work without a password (keys, an agent, ~/.ssh/config), and the hosts must see
-this environment, slides, model file and --out at the same paths, and reach this machine's port 8786.
+Arguments that --help does not list are passed to `wsi-gradcam explain`. With --print, the command lines are printed,
+and nothing is started. `ssh HOST` must work without a password (keys, an agent, ~/.ssh/config), and the hosts must see
+this environment, the slides, the model file and --out at the same paths, and be able to reach this machine's port 8786.
 
-Scheduler and workers answer those alone that have a key, made for this run in a folder of the working folder that
-nobody else may read; so start it in a folder that all hosts see.
+The scheduler and the workers answer only those who have a key, which is made for this run in a folder of the working
+directory that nobody else can read; so start this in a directory that all hosts can see.
 
-The system's own ssh is used, not distributed's SSHCluster: your configuration holds, and what is run can be shown.
+The system's own ssh is used, not distributed's SSHCluster: your configuration applies, and commands can be shown.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import certificates
 import explaining
 
 FIRST_WORKER_S, END_S = 120, 30
-# Dask's processes import from their folder for scratch files, which must not be one that others made.
+# Dask's processes import from their scratch folder, which must not be one that others made.
 SCRATCH = "export DASK_TEMPORARY_DIRECTORY=$(mktemp -d)"
 
 
@@ -61,20 +61,26 @@ def run(given: argparse.Namespace, explain: list[str], key: Path) -> int:
             try:
                 client.wait_for_workers(1, timeout=FIRST_WORKER_S)
             except TimeoutError:
-                raise SystemExit(f"no worker came within {FIRST_WORKER_S} s; do all hosts see {key.parent}?") from None
+                raise SystemExit(
+                    f"no worker appeared within {FIRST_WORKER_S} s; can all hosts see {key.parent}?"
+                ) from None
         return explaining.explain(explain, address)
 
 
 def parsed() -> tuple[argparse.Namespace, list[str]]:
     """The arguments of this program, and those of `explain`."""
     parser = argparse.ArgumentParser(description="Explain slides on machines that ssh reaches.", allow_abbrev=False)
-    parser.add_argument("--hosts", required=True, type=lambda text: text.split(","), help="names, joined by commas")
-    parser.add_argument("--per-host", type=int, default=1, help="workers on each (default 1); with --gpus, one a GPU")
-    parser.add_argument("--gpus", action="store_true", help="give each worker of a host a GPU of its own")
-    parser.add_argument("--address", default=get_ip(), help="of this machine, as the hosts know it")
-    parser.add_argument("--port", type=int, default=8786, help="of the scheduler (default 8786)")
     parser.add_argument(
-        "--dashboard", default="", help="address of Dask's page, such as 127.0.0.1:8787 (default: none)"
+        "--hosts", required=True, type=lambda text: text.split(","), help="host names, separated by commas"
+    )
+    parser.add_argument(
+        "--per-host", type=int, default=1, help="workers per host (default 1); with --gpus, one per GPU"
+    )
+    parser.add_argument("--gpus", action="store_true", help="give each worker of a host a GPU of its own")
+    parser.add_argument("--address", default=get_ip(), help="this machine's address, as the hosts know it")
+    parser.add_argument("--port", type=int, default=8786, help="port of the scheduler (default 8786)")
+    parser.add_argument(
+        "--dashboard", default="", help="address for Dask's dashboard, such as 127.0.0.1:8787 (default: none)"
     )
     parser.add_argument("--python", default=sys.executable, help="the hosts' Python (default: this one's path)")
     parser.add_argument("--print", action="store_true", help="print the command lines and start nothing")
@@ -84,10 +90,11 @@ def parsed() -> tuple[argparse.Namespace, list[str]]:
 def command(host: str, number: int, address: str, key: Path, given: argparse.Namespace) -> list[str]:
     """Return the command that starts worker `number` of a host.
 
-    Two threads: one has patches read while the model works for the other. Seven beside a GPU, of which four are for it.
+    There are two threads: one has patches read while the model works for the other; with a GPU there are seven, four of
+    which serve it.
     """
     threads = "7" if given.gpus else "2"
-    # No memory limit of Dask's: a worker it pauses waits for ever, as torch never gives memory back.
+    # No memory limit by Dask: a paused worker would wait for ever, because torch never returns memory.
     worker = [given.python, "-m", "dask", "worker", address, "--nthreads", threads, "--memory-limit", "0"]
     worker += ["--death-timeout", "60", "--no-dashboard", *certificates.flags(key)]
     if given.gpus:
@@ -97,7 +104,7 @@ def command(host: str, number: int, address: str, key: Path, given: argparse.Nam
 
 
 def end(processes: list[subprocess.Popen[bytes]]) -> None:
-    """Wait for workers, which end with their scheduler; and not for ever."""
+    """Wait for workers, which end with their scheduler, but not for ever."""
     for process in processes:
         try:
             process.wait(END_S)

