@@ -120,8 +120,8 @@ counterstain, from the Center for Microscopy and Molecular Imaging; no known cop
 weights are released under CC0 1.0. The pixel size is not recorded; 0.5 mpp is assumed.
 
 The ground truth is computed, not annotated: the DAB channel of `skimage.color.rgb2hed`, smoothed by
-{DAB_SIGMA_PX:g} px so that unstained nuclei belong to their stained cells, above {DAB_THRESHOLD:g}, the valley between the two
-modes of its histogram.
+{DAB_SIGMA_PX:g} px so that unstained nuclei belong to their stained cells, above {DAB_THRESHOLD:g}, the valley between
+the two modes of its histogram.
 
 ## Held-out figures
 

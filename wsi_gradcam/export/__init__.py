@@ -1,7 +1,7 @@
 """Exports: results in the formats of other programs, written slide by slide in bounded memory.
 
-Each format is a function of a job, listed in `FORMATS`. A format sees results and slides through its `Job` only, and
-knows nothing of how they were made.
+Each format is a function of a job, listed in `FORMATS`. A format sees results and slides only through its `Job`, and
+knows nothing about how they were made.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from wsi_gradcam.results.slide import SlideResult
 __all__ = ["FORMATS", "Exported", "Options", "export"]
 
 NAMELESS = {errno.ENAMETOOLONG, errno.EILSEQ, errno.EINVAL}
-# The module of each format; its function write(job), or another that is named, returns the paths it has written.
+# The module of each format; its function write(job), or another named one, returns the paths it has written.
 FORMATS = {
     "ome-zarr-0.4": "arrays:write_ome_zarr",
     "ome-tiff": "arrays:write_ome_tiff",
@@ -54,10 +54,10 @@ FORMATS = {
     "trident": "arrays:write_trident_features",
     "clam": "arrays:write_clam_features",
 }
-ALL = "all"  # of heatmaps; `tissuumaps` has the pictures of `tiff`
+ALL = "all"  # heatmap formats; `tissuumaps` includes the pictures of `tiff`
 OF_MARKS = ("marks-geojson", "marks-csv")
-OF_FEATURES = ("trident", "clam")  # also of slides that are not explained yet
-OF_CLUSTERS = ("clusters-geojson", "dicom-clusters")  # of slides whose evidence was sorted
+OF_FEATURES = ("trident", "clam")  # even for slides that are not explained yet
+OF_CLUSTERS = ("clusters-geojson", "dicom-clusters")  # for slides whose evidence was sorted
 OF_HEATMAPS = tuple(name for name in FORMATS if name not in (*OF_MARKS, *OF_FEATURES, *OF_CLUSTERS))
 
 
@@ -85,11 +85,11 @@ def export(
 
     Args:
         result: an open result, or its folder or s3:// URL.
-        remote_slides: as of `open_result`, for PNGs that show the slide.
-        to: one of FORMATS, several of them joined by commas, or "all" of heatmaps.
-        slides: their ids; nothing given: all that are finished.
+        remote_slides: as for `open_result`, for PNGs that show the slide.
+        to: one of FORMATS, several joined by commas, or "all" heatmap formats.
+        slides: their ids; by default, all that are finished.
         listener: called with the record of each slide.
-        progress: called with the number of slides read for the run's window, and the number of all.
+        progress: called with the number of slides read for the run's window, and the total.
         options: see `Options`.
 
     Returns:
@@ -111,7 +111,7 @@ def export(
 
 
 def _formats(to: str) -> list[str]:
-    """Return the formats that are asked for, each once."""
+    """Return the requested formats, each once."""
     if to == ALL:
         return [name for name in OF_HEATMAPS if name != "tiff"]
     names = [name.strip() for name in to.split(",")]
@@ -169,7 +169,7 @@ def _options(given: dict[str, Any]) -> Options:
 
 
 def _is_ready(slide: SlideResult, to: str) -> bool:
-    """Return whether all is there that a format writes of a slide."""
+    """Return whether everything that a format writes for a slide exists."""
     if to in OF_MARKS:
         return bool(slide.marks())
     if to in OF_CLUSTERS:
@@ -180,12 +180,12 @@ def _is_ready(slide: SlideResult, to: str) -> bool:
 
     try:
         return has_features(slide)
-    except (ResultError, StoreError):  # of one that has failed
+    except (ResultError, StoreError):  # for one that has failed
         return False
 
 
 def _check_channels(slides: Sequence[SlideResult], names: Sequence[str], where: object) -> None:
-    """Raise a ConfigError for a channel that the run does not have; its slides have all the same."""
+    """Raise a ConfigError for a channel that the run does not have; all its slides have the same channels."""
     known = next(filter(None, map(_channels, slides)), ()) if names else ()
     try:
         for name in names if known else ():
@@ -195,7 +195,7 @@ def _check_channels(slides: Sequence[SlideResult], names: Sequence[str], where: 
 
 
 def _channels(slide: SlideResult) -> tuple[ChannelInfo, ...]:
-    with suppress(Exception):  # a damaged one is told when its turn comes
+    with suppress(Exception):  # a damaged one is reported when its turn comes
         return slide.channels
     return ()
 
@@ -213,7 +213,7 @@ def _exported(slide: SlideResult, job: Job, journal: Journal) -> Exported:
         paths = getattr(import_module(f"wsi_gradcam.export.{module}"), function or "write")(job)
         journal.done(paths, job.digest)
     except StoreError as error:
-        # A problem of the disk, not of the slide, unless the disk does not take its name.
+        # A problem with the disk, not with the slide, unless the disk does not accept its name.
         if isinstance(error.__cause__, OSError) and error.__cause__.errno not in NAMELESS:
             raise
         return Exported(slide.id, (), one_line(error))

@@ -1,13 +1,13 @@
-"""Heatmaps as arrays of other programs: OME-Zarr 0.4, OME-TIFF, and TIFF in 8 bits; features as HDF5.
+"""Heatmaps as arrays for other programs: OME-Zarr 0.4, OME-TIFF, and 8-bit TIFF; features as HDF5.
 
 OME-Zarr 0.4 (Zarr 2) is for programs that do not read 0.5 yet: QuPath, OMERO, Fiji. It has the levels, values and label
-of `heatmap.ome.zarr`. Chunks are compressed as the other writers of 0.4 do it, with Blosc, as some readers know no
-other codec (ngff-zarr refuses zlib); arrays name their axes as xarray asks for it; `OME/METADATA.ome.xml` has pixel
-size, channels and colours for programs that use Bio-Formats.
+of `heatmap.ome.zarr`. Chunks are compressed with Blosc, as by other writers of 0.4, because some readers know no other
+codec (ngff-zarr refuses zlib); arrays name their axes as xarray requires; `OME/METADATA.ome.xml` has the pixel size,
+channels and colours for programs that use Bio-Formats.
 
-TIFFs are for viewers that open slides with OpenSlide, and as ASAP and TissUUmaps want them. A pyramid is a BigTIFF
-whose levels are top-level pages, all but the first marked as reduced; the resolution tags have the micrometres per
-pixel of the heatmap. Features are written as TRIDENT and CLAM do.
+TIFFs are for viewers that open slides with OpenSlide, and in the forms that ASAP and TissUUmaps need. A pyramid is a
+BigTIFF whose levels are top-level pages, all but the first marked as reduced; the resolution tags have the micrometres
+per pixel of the heatmap. Features are written as TRIDENT and CLAM do.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 VERSION = "0.4"
 NAMESPACE = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
-DIMENSIONS = "_ARRAY_DIMENSIONS"  # where xarray looks for the names of an array's axes in Zarr 2
+DIMENSIONS = "_ARRAY_DIMENSIONS"  # where xarray looks for the axis names of an array in Zarr 2
 XSI = "http://www.w3.org/2001/XMLSchema-instance"
 TILE = 512
 WHITE = 255
@@ -153,7 +153,7 @@ def ome_xml(job: Job) -> bytes:
 
 
 def has_features(slide: SlideResult) -> bool:
-    """Return whether all features of a slide are there, explained or not."""
+    """Return whether all features of a slide exist, explained or not."""
     manifest = Manifest(slide.folder.manifest)
     try:
         store = FeatureStore(slide.folder.features, read_only=True)
@@ -187,7 +187,7 @@ def write_trident_features(job: Job) -> list[Path]:
 
 
 def write_clam_features(job: Job) -> list[Path]:
-    """Write DEST/SLIDE.h5 as CLAM does, features and places in one file."""
+    """Write DEST/SLIDE.h5 as CLAM does, with features and positions in one file."""
     bag, boxes, frame = _bag(job)
     path = job.named(job.base, ".h5")
     with job.atomic_path(path) as partial:
@@ -196,10 +196,10 @@ def write_clam_features(job: Job) -> list[Path]:
 
 
 def _bag(job: Job) -> tuple[Bag, NDArray[np.float64], SlideFrame]:
-    """Return the features of a slide's readable patches, their boxes as of `FeatureBag`, and the slide.
+    """Return the features of a slide's readable patches, their boxes as in `FeatureBag`, and the slide.
 
     Raises:
-        ResultError: it has none.
+        ResultError: it has no features.
     """
     slide, plan = job.slide, job.slide.plan
     try:
@@ -218,7 +218,7 @@ def _bag(job: Job) -> tuple[Bag, NDArray[np.float64], SlideFrame]:
 
 
 def write_tiff(job: Job) -> list[Path]:
-    """Write a file for each chosen channel: RGB, white where nothing is shown; for "gray" one sample, 0 there."""
+    """Write a file for each chosen channel: RGB, white where nothing is shown; for "gray", one sample, 0 there."""
     return [_write_tiff(job, channel) for channel in job.drawn_channels]
 
 
@@ -274,10 +274,10 @@ def _tiles(job: Job, channel: ChannelInfo, colouring: Colouring, level: int) -> 
 
 
 def write_asap(job: Job) -> list[Path]:
-    """Write BASE_likelihood_map.tif, which ASAP shows over the slide BASE.* in the same folder: gray, 0 = not shown.
+    """Write BASE_likelihood_map.tif, which ASAP shows over the slide BASE.* in the same folder: grey, 0 = not shown.
 
-    ASAP takes the factor from the sizes, in whole numbers, and refuses an image where it differs between the axes: see
-    `asap_step`. It finds one file a slide; those of further channels have the channel's name before the ending.
+    ASAP derives the factor from the sizes, as an integer, and refuses an image if it differs between the axes: see
+    `asap_step`. It finds one file per slide; those of further channels have the channel's name before the ending.
     """
     return [_write_asap(job, channel, number) for number, channel in enumerate(job.drawn_channels)]
 
@@ -297,10 +297,10 @@ def _write_asap(job: Job, channel: ChannelInfo, number: int) -> Path:
 
 
 def asap_step(size: tuple[int, int], stride: int) -> int:
-    """Return the level-0 px per pixel of an image that ASAP lays over a slide of `size` (height, width).
+    """Return the level-0 px per pixel of an image that ASAP is to lay over a slide of `size` (height, width).
 
-    It is the heatmap's stride, a power of two, or the largest part of it by which both sides divide: with pixels that
-    reach beyond the slide left out, `size // (size // step)` is `step` along both axes, and so ASAP's factor is right.
+    It is the heatmap's stride, a power of two, or the largest part of it that divides both sides: if pixels that reach
+    beyond the slide are left out, `size // (size // step)` is `step` along both axes, so that ASAP's factor is right.
 
     >>> asap_step((15000, 19004), 16), asap_step((40, 19004), 16)
     (16, 8)
@@ -312,7 +312,7 @@ def asap_step(size: tuple[int, int], stride: int) -> int:
 
 
 def _gray_tiles(job: Job, channel: ChannelInfo, size: tuple[int, ...], level: int) -> Iterator[NDArray[np.generic]]:
-    """Yield the tiles of an image of `size` at a level of the heatmap; of one below 0 its pixels are repeated."""
+    """Yield the tiles of an image of `size` at a level of the heatmap; for one below 0, pixels are repeated."""
     colouring, times = job.colouring(channel), 2 ** max(0, -level)
     for tile in tiles(size[0], size[1], TILE):
         y, x = tile.y // times, tile.x // times
@@ -327,10 +327,10 @@ def _gray_tiles(job: Job, channel: ChannelInfo, size: tuple[int, ...], level: in
 def write_tissuumaps(job: Job) -> list[Path]:
     """Write the TIFF of each chosen channel, and SLIDE.tmap, a project of TissUUmaps that lays them over the slide.
 
-    TissUUmaps takes layers to be of one scale unless the project says otherwise.
+    TissUUmaps assumes that layers have the same scale unless the project says otherwise.
 
     Raises:
-        ResultError: the slide is no file.
+        ResultError: the slide is not a file.
     """
     if is_url(job.slide.path):
         raise ResultError(f"{job.slide.path}: TissUUmaps opens no URLs; download the slide, or use --to tiff")
@@ -342,7 +342,7 @@ def write_tissuumaps(job: Job) -> list[Path]:
 
 
 def _project(job: Job, folder: Path, pictures: list[Path]) -> dict[str, Any]:
-    """Return the project: the slide and one picture are seen, others can be ticked; addresses start at its folder."""
+    """Return the project: the slide and one picture are visible, others can be ticked; paths start at its folder."""
     slide = {"name": _ascii(job.slide.id), "tileSource": _source(job.slide.path, folder), "scale": 1}
     shown = [
         {"name": _ascii(channel.label), "tileSource": _source(path, folder), "scale": job.slide.stride_px}
@@ -366,20 +366,20 @@ def _project(job: Job, folder: Path, pictures: list[Path]) -> dict[str, Any]:
 
 def _source(path: str | Path, folder: Path) -> str:
     """Return the address, relative to the project's folder, under which TissUUmaps serves an image."""
-    relative = os.path.relpath(os.path.abspath(path), folder.absolute())  # noqa: PTH100 - Path does not go upwards
+    relative = os.path.relpath(os.path.abspath(path), folder.absolute())  # noqa: PTH100 - Path cannot go upwards
     return quote(os.fsencode(Path(relative).as_posix())) + ".dzi"
 
 
 def _ascii(name: str) -> str:
-    """Return a name without the bytes that are no text."""
+    """Return a name without the bytes that are not text."""
     return name.encode("utf-8", "replace").decode()
 
 
 def write_ome_tiff(job: Job) -> list[Path]:
     """Write one OME-TIFF with the values of all chosen channels, for QuPath, OMERO, Fiji and napari.
 
-    float32, a plane for each channel and a last one with the coverage bits; coarser levels are SubIFDs; pixel sizes are
-    in the OME-XML. Without a predictor, which Bio-Formats does not support for floats.
+    It has float32 values, a plane for each channel and a last one with the coverage bits; coarser levels are SubIFDs;
+    pixel sizes are in the OME-XML. No predictor is used, because Bio-Formats does not support it for floats.
     """
     path, levels = job.path("ome.tiff"), job.slide.levels
     planes = len(job.channels) + 1
@@ -421,7 +421,7 @@ def _ome_metadata(job: Job) -> dict[str, Any]:
     um_y, um_x = job.um_per_px(0)
     windows = "; ".join("{}: {:g} to {:g}".format(c.label, *job.window(c)) for c in job.channels)
     return {
-        "UUID": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, job.digest)}",  # else another in each export
+        "UUID": f"urn:uuid:{uuid.uuid5(uuid.NAMESPACE_OID, job.digest)}",  # otherwise it would differ in each export
         "axes": "CYX",
         "Name": job.slide.id.encode("utf-8", "replace").decode(),
         "Description": f"Values of wsi_gradcam. Windows: {windows}. {LABEL}: bits 1 tissue, 2 explained, 4 unreadable.",

@@ -1,9 +1,9 @@
 """DICOM: heatmaps as Parametric Maps (PS3.3 A.75), hot regions as Segmentations (A.51).
 
-Maps and segmentations have an instance for each level, with the tiles in which there is anything.
+Maps and segmentations have an instance for each level, with the tiles that are not empty.
 
-Headers are made whole, pixels follow tile by tile: memory does not grow with the slide. Identifiers are made of
-digests (PS3.5 B.2), and dates say when the heatmap was finished, so that the same export has the same bytes.
+Headers are written in full, and pixels follow tile by tile: memory does not grow with the slide. Identifiers are made
+from digests (PS3.5 B.2), and dates say when the heatmap was finished, so that the same export has the same bytes.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ def own_code(text: str) -> Dataset:
 
 
 def new_object(source: Source, sop_class: str, modality: str, name: str, instance: int) -> Dataset:
-    """Return a header with all that our objects share: patient, study, series, equipment, and the slide's files.
+    """Return a header with everything that our objects share: patient, study, series, equipment, the slide's files.
 
     Args:
-        name: of the series, unlike that of all others of the slide.
+        name: name of the series, different from all others of the slide.
         instance: number within the series, from 1.
     """
     found = Dataset()
@@ -81,14 +81,14 @@ def new_object(source: Source, sop_class: str, modality: str, name: str, instanc
 
 
 def add_tiled_image(found: Dataset, source: Source, job: Job, level: MapLevel) -> None:
-    """Add what a tiled image of a level has: its size, its place on the slide, and the size of its pixels."""
+    """Add the attributes of a tiled image of a level: its size, its position on the slide, and its pixel size."""
     found.Rows = found.Columns = TILE
     found.SamplesPerPixel, found.PhotometricInterpretation = 1, "MONOCHROME2"
     found.TotalPixelMatrixRows, found.TotalPixelMatrixColumns = level.size
     found.TotalPixelMatrixFocalPlanes = 1
     head = level.head or (source.heads[0] if source.heads else Dataset())
     found.ImageOrientationSlide = head.get("ImageOrientationSlide") or ["1", "0", "0", "0", "1", "0"]
-    # Places are those of the first pixel's centre; of other slides (0, 0) is that of their own first pixel.
+    # Positions are those of the first pixel's centre; for other slides, (0, 0) is that of their own first pixel.
     y_mm, x_mm = ((factor - 1) / 2 * mpp / 1000 for factor, mpp in zip(level.factor, job.slide.mpp, strict=True))
     found.TotalPixelMatrixOriginSequence = head.get("TotalPixelMatrixOriginSequence") or [_place(x_mm, y_mm)]
     found.LossyImageCompression = head.get("LossyImageCompression") or "00"
@@ -105,11 +105,11 @@ def add_tiled_image(found: Dataset, source: Source, job: Job, level: MapLevel) -
 
 
 def add_frames(found: Dataset, places: Sequence[tuple[Region, int]], with_segments: bool = False) -> None:
-    """Add where each frame lies (PS3.3 C.8.12.6.1): those of tiles without content are left out.
+    """Add the position of each frame (PS3.3 C.8.12.6.1); those of empty tiles are left out.
 
     Args:
         places: region of each frame in pixels of the level, and the number of its segment.
-        with_segments: segments are a dimension too.
+        with_segments: whether segments are a dimension too.
     """
     organization = Dataset()
     organization.DimensionOrganizationUID = uid("dimensions", found.SOPInstanceUID)
@@ -133,7 +133,7 @@ def _dimension(organization: str, pointer: str, group: str) -> Dataset:
 
 
 def _frame(found: Dataset, region: Region, segment: int, with_segments: bool) -> Dataset:
-    """Return the functional groups of a frame: its place, and its segment."""
+    """Return the functional groups of a frame: its position and its segment."""
     item, content = Dataset(), Dataset()
     ((x, y),) = in_mm(found, np.array([[region.x + 0.5, region.y + 0.5]]))
     place = _place(x, y)
@@ -149,11 +149,11 @@ def _frame(found: Dataset, region: Region, segment: int, with_segments: bool) ->
 
 
 def in_mm(head: Dataset, xy: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return where points of an image lie on the slide, [n, 2] of x, y in mm (PS3.3 C.7.6.2.1.1).
+    """Return the positions of an image's points on the slide, [n, 2] of x, y in mm (PS3.3 C.7.6.2.1.1).
 
     Args:
-        head: says where the centre of its first pixel lies, how it is turned, and how large pixels are.
-        xy: in its pixels, [n, 2]; the first pixel goes from 0 to 1.
+        head: gives the position of its first pixel's centre, its orientation and its pixel size.
+        xy: in its pixels, [n, 2]; the first pixel extends from 0 to 1.
     """
     origin = head.TotalPixelMatrixOriginSequence[0]
     corner = np.array([float(origin.XOffsetInSlideCoordinateSystem), float(origin.YOffsetInSlideCoordinateSystem)])
@@ -172,7 +172,7 @@ def _place(x_mm: float, y_mm: float) -> Dataset:
 def save(
     path: Path, found: Dataset, element: tuple[int, str] | None = None, frames: Iterable[bytes] = (), size: int = 0
 ) -> None:
-    """Write an object; behind the header an element, its tag and type, of `size` bytes, frame by frame."""
+    """Write an object; after the header comes an element of `size` bytes, with its tag and type, frame by frame."""
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = found.SOPClassUID, found.SOPInstanceUID
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -195,8 +195,8 @@ Read = Callable[[int, Region], "NDArray[Any]"]  # values of a level of the heatm
 def sampled(job: Job, level: MapLevel, read: Read, region: Region) -> NDArray[Any]:
     """Return the values of a region of a level.
 
-    A pixel takes the value of the heatmap's pixel in which its centre lies, on the heatmap's coarsest level that is no
-    coarser; where factors are equal that is the very same pixel.
+    A pixel takes the value of the heatmap's pixel that contains its centre, on the heatmap's coarsest level that is not
+    coarser; if factors are equal, that is the very same pixel.
     """
     stride, shapes = job.slide.stride_px, job.slide.levels
     chosen = max((i for i in range(len(shapes)) if stride * 2**i <= min(level.factor) * 1.01), default=0)
@@ -220,7 +220,7 @@ def explained_tiles(job: Job, level: MapLevel) -> list[Region]:
 
 
 def whole_tile(values: NDArray[Any]) -> NDArray[Any]:
-    """Return a tile filled up to its full size with zeros."""
+    """Return a tile padded to its full size with zeros."""
     height, width = values.shape
     return np.pad(values, ((0, TILE - height), (0, TILE - width)))
 
@@ -274,7 +274,7 @@ def parametric_map(job: Job, source: Source, channel: ChannelInfo, level: MapLev
 
 
 def _mapping(channel: ChannelInfo) -> Dataset:
-    """Return what values mean: themselves, without a unit of the UCUM, from the least to the largest of the slide."""
+    """Return the meaning of values: themselves, without a UCUM unit, from the least to the largest of the slide."""
     found, quantity = Dataset(), Dataset()
     found.LUTLabel, found.LUTExplanation = (
         long_string(channel.label, 16),
@@ -292,12 +292,12 @@ def _mapping(channel: ChannelInfo) -> Dataset:
 
 
 class Hot:
-    """What is hot, tile by tile, without regions below the least area that was asked for."""
+    """The hot pixels, tile by tile, without regions below the requested least area."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._traced: dict[str, float] = {}  # level-0 px of a pixel, by channel
-        self._trees: dict[str, tuple[shapely.STRtree, shapely.STRtree]] = {}  # of regions that are kept, and not
+        self._trees: dict[str, tuple[shapely.STRtree, shapely.STRtree]] = {}  # of kept regions, and of others
         for channel in job.drawn_channels if job.options.min_area else ():
             parts = regions_by_area(job, channel)
             self._traced[channel.label] = job.slide.stride_px * 2.0 ** parts[0].level
@@ -305,7 +305,7 @@ class Hot:
             self._trees[channel.label] = kept, small
 
     def explained(self, level: MapLevel, tile: Region) -> NDArray[np.bool_]:
-        """Return what was explained in a tile of a level, bool [h, w]."""
+        """Return where a tile of a level was explained, bool [h, w]."""
         return np.asarray(sampled(self._job, level, self._job.slide.read_coverage, tile) & EXPLAINED > 0)
 
     def values(self, channel: ChannelInfo, level: MapLevel, tile: Region) -> NDArray[np.float32]:
@@ -313,14 +313,14 @@ class Hot:
         return sampled(self._job, level, lambda i, region: self._job.slide.read(channel, i, region), tile)
 
     def mask(self, channel: ChannelInfo, level: MapLevel, tile: Region) -> NDArray[np.bool_]:
-        """Return what is hot in a tile of a level, bool [h, w]."""
+        """Return where a tile of a level is hot, bool [h, w]."""
         found = self.explained(level, tile) & (self.values(channel, level, tile) >= self._job.threshold(channel))
         if channel.label in self._trees:
             self._leave_out(found, channel, level, tile)
         return found
 
     def _leave_out(self, found: NDArray[np.bool_], channel: ChannelInfo, level: MapLevel, tile: Region) -> None:
-        """Clear the pixels of small regions; of levels coarser than the traced one those that touch no other."""
+        """Clear the pixels of small regions; on levels coarser than the traced one, isolated ones."""
         (kept, small), (step_y, step_x) = self._trees[channel.label], level.factor
         y, x = np.nonzero(found)
         left, top = (x + tile.x) * step_x, (y + tile.y) * step_y
@@ -336,7 +336,7 @@ class Hot:
 
 
 def write_segmentation(job: Job) -> list[Path]:
-    """Write a folder with an instance for each level: segment 1 is what was explained, then the channels' hot parts."""
+    """Write a folder with an instance per level: segment 1 is what was explained, then the channels' hot parts."""
     source, path, hot = Source(job), job.path("dicom-segmentation"), Hot(job)
 
     def mask(level: MapLevel, segment: int, tile: Region) -> NDArray[np.bool_]:
@@ -374,7 +374,7 @@ def segmentation(job: Job, source: Source, level: MapLevel, instance: int) -> Da
 
 
 def hot_segments(job: Job) -> list[Dataset]:
-    """Return the segments: what was explained, then what is hot of each channel."""
+    """Return the segments: what was explained, then what is hot in each channel."""
     found = [segment(1, "explained", "where there are values", "808080")]
     for number, channel in enumerate(job.drawn_channels, 2):
         about = f"{channel.label} from {job.threshold(channel):g} on"
@@ -383,16 +383,16 @@ def hot_segments(job: Job) -> list[Dataset]:
 
 
 def add_segments(found: Dataset, job: Job, source: Source, level: MapLevel, segments: list[Dataset]) -> None:
-    """Add what segmentations of all kinds have: size and place of the level, and what their segments are."""
+    """Add what all kinds of segmentations have: the level's size and position, and their segments."""
     add_tiled_image(found, source, job, level)
     found.ImageType = ["DERIVED", "PRIMARY"]
     found.SegmentSequence = segments
-    found.PatientOrientation = ""  # of the frame of a patient, which a slide is not in
+    found.PatientOrientation = ""  # for a patient's frame of reference, which does not apply to a slide
     found.SharedFunctionalGroupsSequence[0].DerivationImageSequence = [_derivation(source)]
 
 
 def _derivation(source: Source) -> Dataset:
-    """Return of which images a segmentation was made: the slide's levels; of no one's where it is not DICOM."""
+    """Return the images from which a segmentation was made: the slide's levels; none if it is not DICOM."""
     found, images = Dataset(), source.references()
     for image in images:
         image.PurposeOfReferenceCodeSequence = [code("121322", "DCM", "Source image for image processing operation")]
@@ -402,7 +402,7 @@ def _derivation(source: Source) -> Dataset:
 
 
 def segment(number: int, label: str, about: str, colour: str) -> Dataset:
-    """Return the description of a segment (PS3.3 C.8.20.4); what is hot is a place, and no finding."""
+    """Return the description of a segment (PS3.3 C.8.20.4); a hot region is a place, not a finding."""
     found = Dataset()
     found.SegmentNumber, found.SegmentLabel, found.SegmentDescription = number, long_string(label), about[:1024]
     found.SegmentAlgorithmType, found.SegmentAlgorithmName = "AUTOMATIC", OURS
@@ -414,7 +414,7 @@ def segment(number: int, label: str, about: str, colour: str) -> Dataset:
 
 
 def algorithm() -> Dataset:
-    """Return what has made an object: this program (PS3.3 10.16)."""
+    """Return what made an object: this program (PS3.3 10.16)."""
     found = Dataset()
     found.AlgorithmFamilyCodeSequence = [code("123109", "DCM", "Artificial Intelligence")]
     found.AlgorithmName, found.AlgorithmVersion = OURS, __version__
@@ -422,7 +422,7 @@ def algorithm() -> Dataset:
 
 
 def cielab(colour: str) -> list[int]:
-    """Return a colour of 6 hex digits as DICOM has it: L* and a*, b* in 16 bits (PS3.3 C.10.7.1.1).
+    """Return a colour of 6 hex digits in DICOM's form: L* and a*, b* in 16 bits (PS3.3 C.10.7.1.1).
 
     >>> cielab("FFFFFF"), cielab("000000")
     ([65535, 32895, 32897], [0, 32896, 32896])

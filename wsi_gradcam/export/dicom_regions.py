@@ -1,6 +1,6 @@
-"""DICOM: regions as label maps (PS3.3 A.51), annotations (A.87), and reports of measurements (A.35.13, TID 1500).
+"""DICOM: regions as label maps (PS3.3 A.51), annotations (A.87) and measurement reports (A.35.13, TID 1500).
 
-Polygons of DICOM have no holes: these are outlines of their own. Coordinates are millimetres on the slide.
+Polygons in DICOM have no holes, so holes are outlines of their own. Coordinates are millimetres on the slide.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ if TYPE_CHECKING:
 LABELMAP = "1.2.840.10008.5.1.4.1.1.66.7"
 ANNOTATIONS = "1.2.840.10008.5.1.4.1.1.91.1"
 REPORT = "1.2.840.10008.5.1.4.1.1.88.34"  # Comprehensive 3D SR
-MAX_REPORTED = 500  # regions of a channel in a report, the largest
-# Of images: reports say which specimen they are about, and which frame of reference they use, in their tree.
+MAX_REPORTED = 500  # number of a channel's regions in a report, largest first
+# Attributes of images: reports name their specimen and their frame of reference in their tree.
 NOT_OF_REPORTS = (
     "ReferencedSeriesSequence",
     "ContentCreatorName",
@@ -63,13 +63,13 @@ NOT_OF_REPORTS = (
     "ContainerComponentSequence",
     "SpecimenDescriptionSequence",
 )
-MAX_MEASURED_PX = 1 << 20  # of the box around a region, in the level of which its values are taken
+MAX_MEASURED_PX = 1 << 20  # pixels of the box around a region, on the level from which its values are taken
 
 
 def write_labelmap(job: Job) -> list[Path]:
     """Write a folder of label maps: 0 nothing, 1 explained, then the channels' hot parts.
 
-    Where several are hot, the one counts that lies highest above its threshold, measured by its window.
+    Where several are hot, the one that is highest above its threshold, relative to its window, takes the pixel.
     """
     hot = Hot(job)
 
@@ -92,9 +92,9 @@ def write_labels(
     """Write a label map (PS3.3 A.51, SegmentationType LABELMAP): an instance for each level, uint8.
 
     Args:
-        name: of what the labels are.
-        segments: of all labels but 0.
-        read: gives the labels of a tile of a level, uint8 [h, w].
+        name: what the labels are.
+        segments: those of all labels but 0.
+        read: returns the labels of a tile of a level, uint8 [h, w].
     """
     source = Source(job)
     with job.atomic_path(path) as partial:
@@ -124,7 +124,7 @@ def _background() -> Dataset:
 
 
 def write_clusters(job: Job) -> list[Path]:
-    """Write label maps of the kinds of evidence: 0 not looked at, then the kinds in order, and last what is of none."""
+    """Write label maps of the kinds of evidence: 0 not examined, then the kinds in order, and last those of no kind."""
     clusters = open_clusters(job.slide)
     if clusters is None:
         raise ResultError(f"{job.slide.id}: has no label image of clusters; run evidence without --skip-labels")
@@ -148,7 +148,7 @@ def write_clusters(job: Job) -> list[Path]:
 def write_annotations(job: Job) -> list[Path]:
     """Write one file with the outlines of the chosen channels' hot regions, in millimetres on the slide.
 
-    Where no region is hot there is none, as annotations of DICOM are never empty.
+    If no region is hot, there is no file, because annotations in DICOM are never empty.
     """
     source, path = Source(job), job.path("annotations.dcm")
     finest = _finest(job, source)
@@ -169,14 +169,14 @@ def write_annotations(job: Job) -> list[Path]:
 
 
 def _finest(job: Job, source: Source) -> Dataset:
-    """Return a header that says where the pixels of the slide's finest level lie."""
+    """Return a header that gives the position of the pixels of the slide's finest level."""
     found = Dataset()
     add_tiled_image(found, source, job, MapLevel(job.slide.size_px, (1.0, 1.0), next(iter(source.heads), None)))
     return found
 
 
 def _groups(job: Job, channel: ChannelInfo, finest: Dataset) -> Iterator[Dataset]:
-    """Yield the group of a channel's outlines, and that of the holes in them: polygons of DICOM have none."""
+    """Yield the group of a channel's outlines, and that of their holes: polygons in DICOM have none."""
     regions = hot_regions(job, channel)
     about = long_string(f"{channel.label} from {regions.threshold:g} on")
     if regions.polygons:
@@ -202,7 +202,7 @@ def annotation_group(label: str, about: str, rings: Sequence[shapely.LinearRing]
     found.NumberOfAnnotations = len(rings)
     corners = [in_mm(finest, shapely.get_coordinates(ring)[:-1]) for ring in rings]  # the first is not repeated
     found.PointCoordinatesData = np.concatenate(corners).astype("<f4").tobytes()
-    starts = np.cumsum([0, *(2 * len(each) for each in corners[:-1])]) + 1  # of numbers, two a point
+    starts = np.cumsum([0, *(2 * len(each) for each in corners[:-1])]) + 1  # indices of numbers, two per point
     found.LongPrimitivePointIndexList = starts.astype("<u4").tobytes()
     return found
 
@@ -217,7 +217,7 @@ def _areas(um2: NDArray[np.float64]) -> Dataset:
 
 
 def write_report(job: Job) -> list[Path]:
-    """Write one report: of each chosen channel the largest hot regions with area, mean and highest value."""
+    """Write one report: for each chosen channel, the largest hot regions with area, mean and highest value."""
     source, path = Source(job), job.path("sr.dcm")
     found = new_object(source, REPORT, "SR", "measurements", 1)
     for name in NOT_OF_REPORTS:
@@ -253,7 +253,7 @@ def _template(number: str) -> Dataset:
 
 
 def _item(relation: str, kind: str, concept: Dataset | None, **values: Any) -> Dataset:
-    """Return an item of a report's tree (PS3.3 C.17.3), with the attributes that its kind of value has."""
+    """Return an item of a report's tree (PS3.3 C.17.3), with the attributes of its value type."""
     found = Dataset()
     found.RelationshipType, found.ValueType = relation, kind
     if concept is not None:
@@ -295,7 +295,7 @@ def _context(source: Source) -> list[Dataset]:
 
 
 def _library(references: list[Dataset]) -> list[Dataset]:
-    """Return the slide's own levels (TID 1600); nothing where it is not DICOM."""
+    """Return the slide's own levels (TID 1600); nothing if it is not DICOM."""
     if not references:
         return []
     found, group = _container("111028", "Image Library"), _container("126200", "Image Library Group")
@@ -305,7 +305,7 @@ def _library(references: list[Dataset]) -> list[Dataset]:
 
 
 def _measurements(job: Job, channel: ChannelInfo, source: Source) -> Iterator[Dataset]:
-    """Yield what is measured of all hot regions of a channel together, then of each of the largest."""
+    """Yield the measurements of all hot regions of a channel together, then those of each of the largest."""
     regions, um2 = hot_regions(job, channel), job.slide.mpp[0] * job.slide.mpp[1]
     largest = sorted(regions.polygons, key=lambda polygon: -polygon.area)[:MAX_REPORTED]
     name = f"{channel.label} from {regions.threshold:g} on"
@@ -328,7 +328,7 @@ def _measurements(job: Job, channel: ChannelInfo, source: Source) -> Iterator[Da
 
 
 def _group(template: str, source: Source, title: str, kind: str, *more: Dataset) -> Dataset:
-    """Return a group of measurements, with what it is tracked by, and what was found."""
+    """Return a measurement group, with its tracking identifiers and its findings."""
     found = _container("125007", "Measurement Group")
     found.ContentTemplateSequence = [_template(template)]
     tracked = uid("tracked", source.digest, title)
@@ -369,9 +369,9 @@ def _area(um2: float) -> Dataset:
 
 
 def _values(job: Job, channel: ChannelInfo, regions: HotRegions, polygon: shapely.Polygon) -> list[Dataset]:
-    """Return mean and maximum of the explained pixels whose centres lie in a region.
+    """Return the mean and maximum of the explained pixels whose centres lie in a region.
 
-    They are of the traced level of the heatmap; of regions with a very large box around them, of a coarser one.
+    They are those of the heatmap level that was traced or, for regions with a very large box, of a coarser one.
     """
     left, top, right, bottom = polygon.bounds
     for level in range(regions.level, len(job.slide.levels)):

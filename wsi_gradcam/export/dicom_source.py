@@ -1,8 +1,8 @@
-"""What is known of a slide in the words of DICOM: whose it is, where its pixels lie, and which levels it has.
+"""The facts about a slide in DICOM's terms: whose it is, where its pixels are, and which levels it has.
 
-Patient, study, specimen and frame of reference are those of the slide where it is DICOM itself, and its levels are
-matched: viewers lay a map over the level of its own size alone (ImagingDataCommons/slim#321). Else they are what the
-user gives; what nobody gives is empty, as DICOM has it for the unknown (type 2).
+If the slide itself is DICOM, patient, study, specimen and frame of reference are copied from it, and its levels are
+matched: viewers lay a map only over a level of the same size (ImagingDataCommons/slim#321). Otherwise the user gives
+them; what is not given is empty, as in DICOM for the unknown (type 2).
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.slide import SlideResult
 
 TILE = 512
-MAX_ELEMENT_BYTES = (1 << 32) - 2  # of one element (PS3.5 7.1.2)
-MAX_REPEATED_PX = 1 << 26  # of a level of the slide that is finer than the heatmap
+MAX_ELEMENT_BYTES = (1 << 32) - 2  # header bytes of one element (PS3.5 7.1.2)
+MAX_REPEATED_PX = 1 << 26  # pixels of a level of the slide that is finer than the heatmap
 SLIDE_ENDINGS = (".dcm", ".dicom")
 
-# Attributes that a patient, a study and a specimen have in every object of theirs (PS3.3 C.7.1.1, C.7.2.1, C.7.6.22).
-# Those of type 2 are there in any case, empty where they are not known.
+# Attributes that a patient, a study and a specimen have in all of their objects (PS3.3 C.7.1.1, C.7.2.1, C.7.6.22).
+# Those of type 2 are always present, empty if they are not known.
 UNKNOWN = (
     "PatientName",
     "PatientID",
@@ -73,7 +73,7 @@ SEQUENCES = (
     "ContainerComponentSequence",
     "SpecimenDescriptionSequence",
 )
-GIVEN = (*TEXTS, "SpecimenIdentifier", "SpecimenUID")  # what `--dicom-attributes` may say
+GIVEN = (*TEXTS, "SpecimenIdentifier", "SpecimenUID")  # what `--dicom-attributes` may contain
 GEOMETRY = (
     "SpecificCharacterSet",
     "SOPClassUID",
@@ -95,7 +95,7 @@ Given = Mapping[str, Any]
 
 
 def read_attributes(path: Path) -> dict[str, Any]:
-    """Return what a file of attributes says: YAML or JSON of keywords of DICOM, and of `slides` with their own.
+    """Return the content of an attributes file: YAML or JSON of DICOM keywords, and of `slides` with their own.
 
     Raises:
         ConfigError: it cannot be read.
@@ -108,10 +108,10 @@ def read_attributes(path: Path) -> dict[str, Any]:
 
 
 def check_attributes(given: Any, where: str) -> dict[str, Any]:
-    """Return attributes of DICOM by keyword, those of single slides below `slides`, by their ids.
+    """Return DICOM attributes by keyword, those of individual slides under `slides`, by their ids.
 
     Raises:
-        ConfigError: an unknown keyword, or a value that DICOM does not take.
+        ConfigError: an unknown keyword, or a value that DICOM does not allow.
     """
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: expected keywords of DICOM with their values, such as PatientID: A1")
@@ -149,12 +149,12 @@ def uid(*parts: object) -> str:
 
 @dataclass(frozen=True)
 class MapLevel:
-    """A level of which an instance is made.
+    """A level for which an instance is made.
 
     Attributes:
         size: (height, width) in its pixels.
         factor: (y, x) level-0 px of the slide per pixel.
-        head: of the slide's own level that it matches, as far as it is copied; None of other slides.
+        head: header of the slide's own level that it matches, as far as it is copied; None for other slides.
     """
 
     size: tuple[int, int]
@@ -163,10 +163,10 @@ class MapLevel:
 
 
 class Source:
-    """What is known of a slide in the words of DICOM: by the slide itself, else by what was given.
+    """The facts about a slide in DICOM's terms: from the slide itself, else from what was given.
 
     Attributes:
-        heads: of the slide's levels, finest first; none where it is not DICOM.
+        heads: headers of the slide's levels, finest first; none if it is not DICOM.
     """
 
     def __init__(self, job: Job) -> None:
@@ -181,7 +181,7 @@ class Source:
         """Patient, study, specimen and frame of reference.
 
         Raises:
-            ConfigError: the slide says something else than what was given.
+            ConfigError: the slide contradicts what was given.
         """
         slide, found = self._job.slide, Dataset()
         if self.heads:
@@ -203,7 +203,7 @@ class Source:
         return found
 
     def _add_specimen(self, found: Dataset) -> None:
-        """Complete the specimen module, whose identifiers must be there: without others the slide's name."""
+        """Complete the specimen module, whose identifiers are required: by default, the slide's name."""
         name = long_string(self._job.slide.id)
         found.ContainerIdentifier = found.get("ContainerIdentifier") or name
         for empty in ("IssuerOfTheContainerIdentifierSequence", "ContainerTypeCodeSequence"):
@@ -221,17 +221,17 @@ class Source:
 
     @cached_property
     def digest(self) -> str:
-        """What the identifiers of all objects are made of, beside their own names."""
+        """The digest from which the identifiers of all objects are made, together with their own names."""
         return f"{self._job.digest} {self.about.to_json()}"
 
     @cached_property
     def finished(self) -> datetime:
-        """When the slide's heatmap was finished."""
+        """The time at which the slide's heatmap was finished."""
         place = self._job.slide.folder.manifest / DONE
         return datetime.fromtimestamp(int(place.modified()), UTC)
 
     def levels(self, bytes_per_px: float) -> list[MapLevel]:
-        """Return the levels of which instances are made, finest first; see `matched_levels`."""
+        """Return the levels for which instances are made, finest first; see `matched_levels`."""
         slide = self._job.slide
         own = [MapLevel(size, (slide.stride_px * 2.0**i,) * 2) for i, size in enumerate(slide.levels)]
         found = matched_levels(self.heads, slide.stride_px, own)
@@ -241,7 +241,7 @@ class Source:
         return fitting
 
     def references(self) -> list[Dataset]:
-        """Return references to the files of the slide (PS3.3, 10.3); none where it is not DICOM."""
+        """Return references to the slide's files (PS3.3, 10.3); none if it is not DICOM."""
         return [_reference(head) for head in self.heads]
 
 
@@ -267,10 +267,10 @@ def _bytes(level: MapLevel, bytes_per_px: float) -> float:
 
 
 def matched_levels(heads: list[Dataset], stride_px: int, own: list[MapLevel]) -> list[MapLevel]:
-    """Return levels of the same sizes and factors as the slide's that are as coarse as the heatmap, or coarser.
+    """Return levels with the sizes and factors of the slide's levels that are at least as coarse as the heatmap.
 
-    Where the slide has none of the heatmap's own factor, the next finer one is taken too, in which values are repeated,
-    so that none is lost; where that would be too large, the heatmap's own. Other slides have the heatmap's levels.
+    If the slide has none with the heatmap's own factor, its next finer level is used too, with values repeated, so that
+    none is lost; if that would be too large, the heatmap's own size is used. Other slides have the heatmap's levels.
     """
     found = [_matched(heads[0], head) for head in heads]
     if not found:
@@ -295,7 +295,7 @@ def _matched(first: Dataset, head: Dataset) -> MapLevel:
 
 
 def spacing_mm(head: Dataset) -> tuple[float, float] | None:
-    """Return (y, x) millimetres per pixel, as the header of a slide's level says."""
+    """Return (y, x) millimetres per pixel from the header of a slide's level."""
     with suppress(AttributeError, IndexError, TypeError, ValueError):
         y, x = head.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing
         return float(y), float(x)
@@ -303,11 +303,11 @@ def spacing_mm(head: Dataset) -> tuple[float, float] | None:
 
 
 def _heads(slide: SlideResult) -> list[Dataset]:
-    """Return the headers of a DICOM slide's levels, finest first, without what lies in them frame by frame.
+    """Return the headers of a DICOM slide's levels, finest first, without what they have frame by frame.
 
     Raises:
-        SlideError: it is DICOM, but another file than was explained.
-        ResultError: it is called like DICOM, but gone.
+        SlideError: it is DICOM, but not the file that was explained.
+        ResultError: it has a DICOM name, but no longer exists.
     """
     path = Path(slide.path)
     if not slide.path or is_url(slide.path):
@@ -343,7 +343,7 @@ def _head(path: Path) -> Any:
 
 
 def long_string(text: str, most: int = 64) -> str:
-    r"""Return text as DICOM's short values have it: no control characters, no backslash, no more than so many.
+    r"""Return text in the form of DICOM's short values: no control characters or backslashes, limited in length.
 
     >>> long_string("a\\b\n" + "c" * 100, 8)
     'a_b_cccc'

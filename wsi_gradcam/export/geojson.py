@@ -1,6 +1,6 @@
 """GeoJSON for QuPath: a detection for each patch with its measurements, an annotation for each hot region.
 
-Coordinates are x, y in level-0 px as in QuPath: from the corner of the slide, or of its scanned part where the file
+Coordinates are x, y in level-0 px as in QuPath: from the corner of the slide, or of its scanned part if the file
 records one (OpenSlide's bounds). Files are written feature by feature.
 
 The format `qupath` is a folder with a script that puts overlay, patches and hot regions on the open slide. The overlay
@@ -61,7 +61,7 @@ def _write(job: Job, path: Path, features: Iterable[Feature]) -> Path:
 
 
 def write_features(path: Path, features: Iterable[Feature]) -> None:
-    """Write a FeatureCollection, one feature a line."""
+    """Write a FeatureCollection, one feature per line."""
     with path.open("w", encoding="utf-8") as file:
         file.write('{"type": "FeatureCollection", "features": [')
         for number, feature in enumerate(features):
@@ -131,7 +131,7 @@ def _is_of(found: Clusters, number: int, level: int, band: Region) -> Mask:
 
 
 def write_marks(job: Job) -> list[Path]:
-    """Write DEST/SLIDE.geojson: people's marks, classified by their kind, as `audit --regions DEST` takes them."""
+    """Write DEST/SLIDE.geojson: people's marks, classified by kind, in the form that `audit --regions DEST` reads."""
     top, left = job.origin
     features = []
     for mark in job.slide.marks():
@@ -147,7 +147,7 @@ def write_marks(job: Job) -> list[Path]:
 
 
 def write_marks_csv(job: Job) -> list[Path]:
-    """Write DEST/SLIDE.marks.csv: a row a mark, with the box (x, y, width, height) of its outline in level-0 px."""
+    """Write DEST/SLIDE.marks.csv: a row per mark, with the box (x, y, width, height) of its outline in level-0 px."""
     path = job.path("marks.csv")
     with job.atomic_path(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file)
@@ -221,7 +221,7 @@ def annotation_features(mask: Mask, name: str) -> list[Feature]:
 
 MAX_PX = 1 << 25  # 128 MB in QuPath
 SIDE = 2048
-WHOLE = "whole-slide"  # features in the frame of the whole slide, where only a part was scanned
+WHOLE = "whole-slide"  # features in the frame of the whole slide, if only a part was scanned
 SCRIPT = "show_in_qupath.groovy"
 
 

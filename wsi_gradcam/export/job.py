@@ -41,30 +41,30 @@ from wsi_gradcam.system.processes import PeriodicTimer, Process, this_process
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MADE_BY = {"Software": "wsi_gradcam"}  # by it a search for slides knows that a picture is none
+MADE_BY = {"Software": "wsi_gradcam"}  # tells a search for slides that a picture is not one
 SLIDE, RUN, BOUNDS = "slide", "run", "bounds"
 MAX_SIMPLIFY_PX = 100
 HALF = 0.5  # the share of the window at which regions begin without a threshold
 
 
-# The journal of an export is a file in DEST, which is removed when all has ended well. An export that was killed, or
-# broke off, leaves it: the next one into DEST deletes the half-written files that it names, and does not write again
-# what is finished, where the same is asked for. The journal holds the digests of what is done, too: they come into the
-# listing in the end, at once for all slides, or when the next export reads the journal.
+# The journal of an export is a file in DEST, which is removed when everything has ended well. An export that was
+# killed, or broke off, leaves it: the next one into DEST deletes the half-written files that it names, and does not
+# write finished ones again if the same is requested. The journal also has the digests of what is done: they enter the
+# listing at the end, for all slides at once, or when the next export reads the journal.
 TOUCHED_S = 10.0
-SILENT_S = 60.0  # an export elsewhere whose journal is older counts as dead
+SILENT_S = 60.0  # seconds; an export elsewhere whose journal is older counts as dead
 
 Line = dict[str, Any]
 
 
 class Journal:
-    """The journal of an export into `dest`, as a context; before that it only gives names."""
+    """The journal of an export into `dest`, as a context; before that, it only provides names."""
 
     def __init__(self, dest: Path) -> None:
         self._dest, self._mark = dest, uuid.uuid4().hex
         self._file = dest / f".export.{self._mark}{PARTIAL}"
-        self._before: list[Line] = []  # of exports that did not end
-        self._digests: dict[str, str] = {}  # to be listed; "" of what was replaced, and nobody knows by what
+        self._before: list[Line] = []  # from exports that did not end
+        self._digests: dict[str, str] = {}  # to be listed; "" for what was replaced by something unknown
         self._is_open, self._is_new = False, False
         self._ticker = PeriodicTimer(TOUCHED_S, self._touch, "journal")
 
@@ -102,10 +102,10 @@ class Journal:
         with suppress(OSError):
             self._file.unlink(missing_ok=True)
             if self._is_new:
-                self._dest.rmdir()  # where nothing was made
+                self._dest.rmdir()  # if nothing was made
 
     def _break_off(self) -> None:
-        """Note that this export does not go on: the same command does, from here."""
+        """Record that this export stops here, and that the same command continues it."""
         with suppress(StoreError, OSError):
             self._add({"ended": True})
 
@@ -119,7 +119,7 @@ class Journal:
             ) from error
 
     def _write_listing(self) -> None:
-        """Write the digests of what was made into the listing, beside those of other exports."""
+        """Write the digests of what was made into the listing, alongside those of other exports."""
         if not self._digests:
             return
         place = LocalPath(self._dest)
@@ -129,7 +129,7 @@ class Journal:
                 half.unlink(missing_ok=True)
             before = self._check_listing()
             kept = {name: text for name, text in before.items() if self._digests.get(name, text)}
-            for name in before.keys() - kept.keys():  # a job that broke off may have left it as it was
+            for name in before.keys() - kept.keys():  # a job that broke off may have left it unchanged
                 if export_digest(place, name) == before[name]:
                     kept[name] = before[name]
             files = kept | {name: text for name, text in self._digests.items() if text}
@@ -138,26 +138,26 @@ class Journal:
         (place / EXPORTS).update(changed)
 
     def partial(self, path: Path, job: str) -> Path:
-        """Return where a file or folder of a job is written until it is whole, after noting that it is begun."""
+        """Return where a file or folder of a job is written until it is complete, after recording that it was begun."""
         self._add({"begun": self._name(path), "job": job, "new": not path.exists() or self.was_made(path, job)})
         return _beside(path, self._mark)
 
     def replaced(self, path: Path) -> Path:
-        """Return where a folder is put until another has taken its place."""
+        """Return where a folder is kept until another has taken its place."""
         return _beside(path, self._mark, ".old")
 
     def done(self, paths: list[Path], job: str) -> None:
-        """Note that all of a job is there."""
+        """Record that everything of a job exists."""
         names = [self._name(path) for path in paths]
         files = {name: export_digest(LocalPath(self._dest), name) for name in names} if self._is_open else {}
         self._add({"done": names, "job": job, "files": files})
 
     def was_made(self, path: Path, job: str) -> bool:
-        """Return whether an export that did not end has made this for the same job."""
+        """Return whether an export that did not end has already made this for the same job."""
         return {"begun": self._name(path), "job": job, "new": True} in self._before
 
     def was_done(self, job: str) -> list[Path] | None:
-        """Return the files of a job that such an export has finished, where they are still there; else None."""
+        """Return the files of a job that such an export has finished, if they still exist; else None."""
         for line in self._before:
             if "done" in line and line.get("job") == job:
                 paths = [self._dest / name for name in line["done"]]
@@ -200,7 +200,7 @@ class Journal:
                 kept.append(line)
             elif "begun" in line:
                 path = self._dest / line["begun"]
-                if not os.path.lexists(_beside(path, mark)):  # what is there now was put there, whole
+                if not os.path.lexists(_beside(path, mark)):  # what is there now is complete
                     kept.append(line)
                 remove(_beside(path, mark))
                 settle(_beside(path, mark, ".old"), path)
@@ -210,9 +210,9 @@ class Journal:
 
 
 def settle(old: Path, path: Path) -> None:
-    """Delete a folder that another at `path` has replaced; files that no export makes move there.
+    """Delete a folder that another at `path` has replaced; files that no export makes are moved there.
 
-    Where nothing is at `path` the old folder goes back there.
+    If nothing is at `path`, the old folder goes back there.
     """
     if not os.path.lexists(old):
         return
@@ -229,14 +229,14 @@ def settle(old: Path, path: Path) -> None:
 
 
 def _foreign(folder: Path, name: str) -> list[Path]:
-    """Return the files of a folder of this name that are not of an export."""
+    """Return the files in a folder of this name that are not an export's."""
     ours = contents_of(name)
     files = [Path(here, name) for here, _, names in os.walk(folder) for name in names]
     return [file for file in files if ours and not ours.fullmatch(file.relative_to(folder).as_posix())]
 
 
 def remove(path: Path) -> None:
-    """Delete a file or folder that was ours alone, if it is there."""
+    """Delete a file or folder that was ours alone, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -248,12 +248,12 @@ def _beside(path: Path, mark: str, kind: str = "") -> Path:
 
 
 def _lines(place: Path) -> list[Line]:
-    """Return the lines of a journal, but for those that are not as they were written."""
+    """Return the lines of a journal, except those that are not as they were written."""
     return [line for line in journal_lines(place) if _is_sound(line)]
 
 
 def _is_sound(line: Line) -> bool:
-    """Return whether a line of a journal names paths below its folder alone."""
+    """Return whether a line of a journal names only paths below its folder."""
     files = line.get("files", {})
     done = line.get("done", [])
     if not (isinstance(files, dict) and isinstance(done, list) and isinstance(line.get("begun", "x"), str)):
@@ -273,18 +273,18 @@ class Options:
     """The options of an export.
 
     Attributes:
-        channel: labels, or names of classes; by default all, or the first explanation for formats that hold one.
+        channel: labels, or names of classes; by default all, or the first explanation for formats that show one.
         colormap: a name that matplotlib knows.
         window: "run", one for all slides; "slide", one for each; or (low, high).
         threshold: lower values are not shown; regions are where values reach it.
         alpha: opacity of colours over the slide.
         size: longest side in pixels, of a PNG.
         overwrite: replace files that exist.
-        frame: of coordinates in GeoJSON: "bounds", from the corner of the scanned part, as QuPath has them; "slide".
+        frame: origin of coordinates in GeoJSON: "bounds", the corner of the scanned part, as in QuPath; or "slide".
         min_area: smaller regions are left out, in µm².
-        simplify: how far outlines may lie from the borders of pixels, in pixels of the heatmap; 0 for exactly along.
-        dicom_attributes: of patient, study and specimen by their keywords, and below "slides" those of single slides
-            by id, for slides that are not DICOM themselves; or the path of a file that says them.
+        simplify: how far outlines may be from the borders of pixels, in heatmap pixels; 0 follows them exactly.
+        dicom_attributes: attributes of patient, study and specimen by their keywords, and under "slides" those of
+            individual slides by id, for slides that are not DICOM; or the path of a file with them.
     """
 
     channel: tuple[str, ...] = ()
@@ -323,10 +323,10 @@ class Job:
 
     Attributes:
         stem: path of the files to be made, without endings: DEST/SLIDE.
-        windows: of the run, by the channels' labels; empty for other windows.
-        ids: of all slides of the run.
+        windows: those of the run, by the channels' labels; empty for other windows.
+        ids: those of all slides of the run.
         to: the format.
-        journal: notes what is written; None where nobody goes on with it.
+        journal: records what is written; None if it will not be continued.
     """
 
     slide: SlideResult
@@ -339,13 +339,13 @@ class Job:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of all that the files depend on."""
+        """The sha256 of everything on which the files depend."""
         plan, options = self.slide.plan, replace(self.options, overwrite=False)
         values = (self.to, self.slide.id, plan.slide_digest, plan.run_digest, options, sorted(self.windows.items()))
         return hashlib.sha256(repr(values).encode("utf-8", "backslashreplace")).hexdigest()
 
     def atomic_path(self, path: Path) -> AbstractContextManager[Path]:
-        """Give a temporary path for a file or a folder of the job, see `atomic_path`."""
+        """Provide a temporary path for a file or a folder of the job, see `atomic_path`."""
         return atomic_path(path, self.options.overwrite, self.journal, self.digest if self.journal else "")
 
     @cached_property
@@ -373,12 +373,12 @@ class Job:
         return self.named(self.stem.name, f".{ending}")
 
     def named(self, name: str, ending: str) -> Path:
-        """Return DEST/FOLDERS/NAME with an ending, the name cut where a disk would not take it."""
+        """Return DEST/FOLDERS/NAME with an ending; the name is cut if a disk would not accept it."""
         return self.stem.with_name(fitting(name, ending))
 
     @property
     def base(self) -> str:
-        """The slide's name without its ending; with it, where another slide of that folder is called like it."""
+        """The slide's name without its ending; with it, if another slide in that folder has the same name."""
         place = PurePosixPath(self.slide.id)
         named = [name for name in self.ids if PurePosixPath(name).with_suffix("") == place.with_suffix("")]
         return self.stem.name if len(named) > 1 else Path(self.stem.name).stem
@@ -390,7 +390,7 @@ class Job:
         return self.windows.get(channel.label, channel.window) if self.options.window == RUN else channel.window
 
     def threshold(self, channel: ChannelInfo) -> float:
-        """Return the value from which on a region is hot: as given, else the middle of the window."""
+        """Return the value from which a region is hot: as given, else the middle of the window."""
         low, high = self.window(channel)
         return low + (high - low) * HALF if self.options.threshold is None else self.options.threshold
 
@@ -405,12 +405,12 @@ class Job:
         return self.slide.mpp[0] * step, self.slide.mpp[1] * step
 
 
-MAX_NAME_BYTES = 255 - 48  # of what disks take, less what a name has in addition while the file is written
+MAX_NAME_BYTES = 255 - 48  # bytes that disks accept, minus what a name has in addition while the file is written
 MAX_SLUG_BYTES = 80
 
 
 def fitting(name: str, ending: str) -> str:
-    """Return a name with an ending, cut in front of a digest of the name where both are too long for a disk.
+    """Return a name with an ending; if too long for a disk, the name is cut and followed by its digest.
 
     >>> fitting("a.svs", ".png"), fitting("a" * 250, ".png")[188:]
     ('a.svs.png', 'aa~3f3e35e0a775.png')
@@ -454,7 +454,7 @@ def blocks(
 
 
 def padded(tile: NDArray[np.generic], side: int, fill: int = 0) -> NDArray[np.generic]:
-    """Return a tile at the right or lower edge, filled up to side x side."""
+    """Return a tile at the right or lower edge, padded to side x side."""
     height, width = tile.shape[:2]
     if (height, width) == (side, side):
         return tile
@@ -463,12 +463,12 @@ def padded(tile: NDArray[np.generic], side: int, fill: int = 0) -> NDArray[np.ge
 
 @contextmanager
 def atomic_path(path: Path, overwrite: bool, journal: Journal | None = None, job: str = "") -> Iterator[Path]:
-    """Give a temporary path for a file or a folder, which is renamed to `path` when the context ends well.
+    """Provide a temporary path for a file or a folder, which is renamed to `path` if the context ends well.
 
     Args:
-        path: of the file or folder; what an export that did not end has made there for the same job is replaced.
-        overwrite: replace whatever is there, but for files in a folder that no export makes.
-        journal: notes what is done.
+        path: the file or folder; what an export that did not end has made there for the same job is replaced.
+        overwrite: replace whatever is there, except files in a folder that no export makes.
+        journal: records what is done.
         job: digest of the job.
 
     Raises:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Rgb = NDArray[np.uint8]
     Pixels = tuple[NDArray[np.float32], NDArray[np.uint8]]
 
-INCH_PX = 800  # of the longest side make an inch more: text and bars grow with the image
+INCH_PX = 800  # pixels of the longest side per additional inch: text and bars grow with the image
 MIN_DPI = 100
 MARGIN, BAR, TITLE, FOOT = 0.2, 1.3, 0.44, 0.24  # inches
 PAPER, TISSUE_GRAY = 255, 190
@@ -153,7 +153,7 @@ def _scale_bar(axis: Axes, picture: Picture, dpi: int) -> None:
 
 
 def _colour_bar(figure: Figure, axis: Axes, colouring: Colouring, channel: ChannelInfo) -> None:
-    """Draw the colours as they look over gray tissue, with none below the threshold."""
+    """Draw the colours as they look over grey tissue, with none below the threshold."""
     values = np.linspace(colouring.low, colouring.high, 256, dtype=np.float32)[:, None]
     flags = np.full(values.shape, 2, np.uint8)
     gray = np.full((*values.shape, 3), TISSUE_GRAY, np.uint8)
@@ -221,7 +221,7 @@ def _write_tiles(job: Job, channel: ChannelInfo, folder: Path) -> None:
 
 
 def _coarser_levels(job: Job, channel: ChannelInfo) -> Iterator[tuple[int, Pixels]]:
-    """Yield the levels that a heatmap does not have, down to one pixel, computed as its own are."""
+    """Yield the levels that a heatmap does not have, down to one pixel, computed like its own."""
     level = len(job.slide.levels) - 1
     whole = Region(0, 0, *job.slide.levels[level])
     values, flags = job.slide.read(channel, level, whole), job.slide.read_coverage(level, whole)

@@ -1,7 +1,7 @@
 """Outlines for other programs: DSA and HistomicsUI, ASAP, OMERO, Cytomine.
 
-Coordinates are level-0 px from the corner of the whole slide, as these programs open it; OMERO's are from the corner of
-the scanned part, as Bio-Formats does. Where a format has no holes, they are outlines of a group of their own.
+Coordinates are level-0 px from the corner of the whole slide, as these programs open it; for OMERO, they are from the
+corner of the scanned part, as in Bio-Formats. If a format has no holes, they are outlines in a group of their own.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     Runs = NDArray[np.int64]
 
 
-MAX_POINTS = 50_000  # of a heatmap in a browser
+MAX_POINTS = 50_000  # points of a heatmap in a browser
 SIDE = 2048
-COLOURS = 11  # of a colour map in a browser, evenly
-DIGITS = 3  # of coordinates in text: a thousandth of a pixel
+COLOURS = 11  # colours of a colour map in a browser, evenly spaced
+DIGITS = 3  # decimals of coordinates in text: a thousandth of a pixel
 ASAP_XML = ".xml"
 OME = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
 
@@ -115,7 +115,7 @@ def _dsa_heatmap(job: Job, channel: ChannelInfo) -> dict[str, Any]:
 
 
 def _values_at(job: Job, channel: ChannelInfo, level: int) -> list[list[float]] | None:
-    """Return x, y, z and value of the pixels that are shown, at their centres; None where there are too many."""
+    """Return x, y, z and value of the pixels that are shown, at their centres; None if there are too many."""
     step, colouring, last = job.slide.stride_px * 2**level, job.colouring(channel), len(job.slide.levels) - 1
     found: list[list[float]] = []
     for region, values, flags in blocks(job.slide, channel, level, SIDE):
@@ -154,7 +154,7 @@ def _groups(job: Job) -> Iterator[tuple[str, str, list[shapely.LinearRing]]]:
 
 
 def xml_text(text: str) -> str:
-    """Return text without the characters that XML cannot hold (XML 1.0, 2.2)."""
+    """Return text without the characters that XML cannot contain (XML 1.0, 2.2)."""
     return re.sub(r"[^\t\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "_", as_text(text))
 
 
@@ -184,7 +184,7 @@ def write_omero(job: Job) -> list[Path]:
 
 
 def _add_pixels(image: ET.Element, job: Job) -> None:
-    """Add the size of the slide that Bio-Formats shows: of the scanned part."""
+    """Add the size of the slide that Bio-Formats shows: that of the scanned part."""
     scanned = job.slide.scanned if job.origin != (0, 0) else None
     height, width = (scanned.height, scanned.width) if scanned else job.slide.size_px
     sizes = {"SizeX": width, "SizeY": height, "SizeZ": 1, "SizeC": 3, "SizeT": 1}
@@ -196,7 +196,7 @@ def _add_pixels(image: ET.Element, job: Job) -> None:
 
 
 def write_cytomine(job: Job) -> list[Path]:
-    """Write a file for each chosen channel: a list of regions in WKT, whose y goes up from the slide's lower edge."""
+    """Write a file for each chosen channel: a list of regions in WKT, with y upwards from the slide's lower edge."""
     paths = []
     for channel in job.drawn_channels:
         path, found = job.path(f"{slug(channel)}.cytomine.json"), hot_regions(job, channel)
@@ -223,7 +223,7 @@ def _cytomine(job: Job, channel: ChannelInfo, found: HotRegions) -> list[dict[st
 
 
 MAX_RUNS = 250_000  # about 200 MB while polygons are made of them
-TOLERANCE_PX = 0.75  # traced pixels; turns a staircase of pixels into the line that it approximates
+TOLERANCE_PX = 0.75  # in traced pixels; turns a staircase of pixels into the line that it approximates
 MIN_AREA_PX2 = 25  # smaller regions are not simplified: they could lose most of their area
 
 
@@ -234,7 +234,7 @@ class TooManyRunsError(Exception):
 def outlines(bands: Iterable[Mask], max_runs: int) -> list[shapely.Polygon]:
     """Return polygons, with holes, around the True pixels of an image given in `bands` of rows [n, w], top first.
 
-    Coordinates are x, y in pixels, the first pixel from 0 to 1. Pixels that share a side are in one polygon.
+    Coordinates are x, y in pixels; the first pixel extends from 0 to 1. Pixels that share a side are in one polygon.
 
     Raises:
         TooManyRunsError: there are more than `max_runs` runs.
@@ -285,7 +285,7 @@ def _faces(flat: Runs, upright: Runs) -> list[shapely.Polygon]:
     lines = np.concatenate([np.stack([first, y, end, y], axis=1), np.stack([x, top, x, bottom], axis=1)])
     collection = shapely.polygonize(np.asarray(shapely.linestrings(lines.reshape(-1, 2, 2).astype(np.float64))))
     faces = shapely.get_parts(collection)
-    # The pixel below the upper left corner of a face is in it: it is hot if such a run begins there.
+    # The pixel below the upper left corner of a face belongs to it: it is hot if such a run begins there.
     below = flat[flat[:, 3] == 1]
     hot = set(zip(below[:, 0].tolist(), below[:, 1].tolist(), strict=True))
     return [face for face in faces if _corner(face) in hot]
@@ -312,7 +312,7 @@ class HotRegions:
     """Polygons around hot pixels.
 
     Attributes:
-        polygons: with holes, x, y in level-0 px of the slide, valid, not touching each other but at corners.
+        polygons: with holes, x, y in level-0 px of the slide, valid, touching each other only at corners.
         level: the level of the heatmap that was traced, the finest without too many borders.
         threshold: the lowest value that is hot.
     """
@@ -332,7 +332,7 @@ def hot_regions(job: Job, channel: ChannelInfo, *, simplified: bool = True) -> H
 
 
 def regions_by_area(job: Job, channel: ChannelInfo) -> tuple[HotRegions, HotRegions]:
-    """Return the polygons from `min_area` on, and those below, both exactly along the borders of pixels."""
+    """Return the polygons from `min_area` upwards, and those below, both exactly along the borders of pixels."""
     level, found = _traced(job, channel)
     least = _least_px(job, level)
     parts: tuple[list[shapely.Polygon], list[shapely.Polygon]] = ([], [])
@@ -349,9 +349,9 @@ def _least_px(job: Job, level: int) -> float:
 
 
 def regions_of(job: Job, mask: Callable[[int, Region], Mask]) -> tuple[list[shapely.Polygon], int]:
-    """Return polygons around the True pixels of masks, as of `HotRegions`, and the level that was traced.
+    """Return polygons around the True pixels of masks, as in `HotRegions`, and the level that was traced.
 
-    `mask` returns that of a region of a level of the heatmap.
+    `mask` returns the mask of a region of a heatmap level.
     """
     level, found = _outlined(job, mask)
     least = _least_px(job, level)
@@ -384,7 +384,7 @@ def _bands(job: Job, mask: Callable[[int, Region], Mask], level: int) -> Iterato
 
 
 def _straight(face: shapely.Polygon) -> shapely.Polygon:
-    """Return the face without points on straight sides, which the division into bands has left."""
+    """Return the face without points on straight sides, which the division into bands has left behind."""
     return shapely.simplify(face, 0)
 
 
@@ -406,7 +406,7 @@ def _in_slide(face: shapely.Polygon, job: Job, level: int) -> shapely.Polygon:
 def filled(polygon: shapely.Polygon, box: Region, step: float) -> Mask:
     """Return which pixels of a region have their centres in a polygon with holes, bool [h, w].
 
-    Scanlines: a pixel is in it if an odd number of edges crosses its row to the left of its centre.
+    By scanlines: a pixel is inside if an odd number of edges crosses its row to the left of its centre.
 
     Args:
         polygon: x, y in level-0 px.
@@ -416,7 +416,7 @@ def filled(polygon: shapely.Polygon, box: Region, step: float) -> Mask:
     edges = np.concatenate([np.concatenate([ring[:-1], ring[1:]], axis=1) for ring in rings])
     x, y, to_x, to_y = edges[edges[:, 1] != edges[:, 3]].T
     first, end = (np.ceil(pick(y, to_y)).clip(0, box.height).astype(np.int64) for pick in (np.minimum, np.maximum))
-    count = end - first  # of rows that each edge crosses
+    count = end - first  # number of rows that each edge crosses
     edge = np.repeat(np.arange(len(count)), count)
     row = first[edge] + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
     crossing = x[edge] + (row - y[edge]) * ((to_x - x) / (to_y - y))[edge]
