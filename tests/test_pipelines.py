@@ -96,7 +96,7 @@ def test_a_slide_level_model_is_trained_and_judged_on_what_it_never_saw(tmp_path
     assert [label for label, _ in judged["slides"]] == [False, True, False, True]
     assert judged["crops"][0]["maps"]["colour alone"] > 0.9
     card = (out / "tumour-mil.md").read_text(encoding="utf-8")
-    assert "held-out crops, which were not trained on. Other crops of p were trained on." in card
+    assert "held-out crops, which were not used for training. The model was trained on other crops of p." in card
     assert (out / "judged" / "p_r2c0" / "results" / "slides.csv").is_file()
 
 
