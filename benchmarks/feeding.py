@@ -53,9 +53,9 @@ from numpy.typing import NDArray
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.read import timed
 from benchmarks.scale import spec, write_slides
+from wsi_gradcam.executors import SerialExecutor
 from wsi_gradcam.executors.dask import DaskExecutor, batching, plugins
 from wsi_gradcam.executors.dask import workers as dask_workers
-from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus

@@ -45,9 +45,9 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.simulated import FIRST_BATCH, PATCHES, RATE, SPAN, WRITING, report
+from wsi_gradcam.executors import SerialExecutor
 from wsi_gradcam.executors.dask import DaskExecutor, batching
 from wsi_gradcam.executors.dask.plugins import TaskBatch, perform_batch
-from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
 from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.models.spec import ModelSpec

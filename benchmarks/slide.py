@@ -42,7 +42,7 @@ from skimage.data import immunohistochemistry
 sys.path.insert(0, os.environ.get("WSI_GRADCAM_BENCHMARKED", str(Path(__file__).parents[1])))
 from tests.synthetic import write_gigapixel_slide
 from wsi_gradcam.cam.explainer import Explainer
-from wsi_gradcam.executors.serial import SerialExecutor
+from wsi_gradcam.executors import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.models.spec import ModelSpec

@@ -30,11 +30,10 @@ from distributed.system import MEMORY_LIMIT
 from tests.runs import SMALL, toy_spec
 from tests.synthetic import write_marker_slide
 from wsi_gradcam.errors import WorkerError
-from wsi_gradcam.executors import open_executor
+from wsi_gradcam.executors import SerialExecutor, open_executor
 from wsi_gradcam.executors.dask import DaskExecutor
 from wsi_gradcam.executors.dask import workers as dask_workers
 from wsi_gradcam.executors.dask.workers import Workers
-from wsi_gradcam.executors.serial import SerialExecutor
 from wsi_gradcam.inputs.find import find_slides
 from wsi_gradcam.run.plan import plan_run
 from wsi_gradcam.run.settings import make_settings

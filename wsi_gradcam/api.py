@@ -208,7 +208,7 @@ def preview(
     **options: Any,
 ) -> Preview:
     """Plan everything and write nothing; arguments and errors as for `explain`."""
-    from wsi_gradcam.executors.serial import SerialExecutor
+    from wsi_gradcam.executors import SerialExecutor
 
     settings, folder = _settings(settings, options), RunFolder(storage_path(out).absolute())
     entries, remarks = _chosen(slides, folder, only, skip, settings)
