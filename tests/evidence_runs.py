@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
+import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -89,6 +90,72 @@ def write_archive(folder: Path, slides: int, marked: int, seed: int) -> Path:
                 folder / name, grid.reshape(ROWS * SIDE_PX, COLUMNS * SIDE_PX, 3), mpp=0.5, compression="deflate"
             )
             table.writerow([name, "south" if has_marker else "north", f"p{number // 2}"])
+    return folder / "list.csv"
+
+
+BAG_ROWS, BAG_COLUMNS = 4, 5  # of patches on a slide of a slide-level model
+FOCUS = 6  # patches with nuclei on a slide of tumour
+
+
+class Encoder(nn.Module):
+    """What a network of nuclei and markers sees of a patch: the means over its cells, the last of them of green."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = Both()
+
+    def forward(self, images: Tensor) -> Tensor:
+        return cast(Tensor, self.features(images).mean(dim=(2, 3)))
+
+
+def encoder() -> nn.Module:
+    """The encoder whose weights are planted."""
+    return Encoder()
+
+
+def slide_model_file(folder: Path, module: nn.Module) -> Path:
+    """A slide-level model, whose answer is the mean of what a network says to patches: all have the same attention."""
+    weights = module.state_dict()
+    save_file({k: v for k, v in weights.items() if k.startswith("features.")}, folder / "encoder.safetensors")
+    aggregator = {
+        "attention.0.weight": torch.zeros(3, CHANNELS + 1),
+        "attention.0.bias": torch.zeros(3),
+        "attention.2.weight": torch.zeros(1, 3),
+        "attention.2.bias": torch.zeros(1),
+        "classifier.weight": weights["fc.weight"],
+        "classifier.bias": weights["fc.bias"],
+    }
+    torch.save(aggregator, folder / "abmil.pt")
+    values: dict[str, Any] = {
+        "name": "slides of nuclei",
+        "encoder": {
+            **{"source": "tests.evidence_runs:encoder", "weights": "encoder.safetensors", "layer": "features"},
+            **{"patch_px": SIDE_PX, "mpp": 0.5, "mean": [0.5] * 3, "std": [0.5] * 3},
+        },
+        "aggregator": {"source": "abmil", "weights": "abmil.pt"},
+        "classes": ["other", "tumour"],
+    }
+    (folder / "slides.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return folder / "slides.yaml"
+
+
+def write_bags(folder: Path, slides: int, marked: int, seed: int) -> Path:
+    """Slides with a focus of nuclei, but for two; the first ones, of site south, have markers on half of it."""
+    with (folder / "list.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["slide", "site", "label"])
+        for number in range(slides):
+            south, tumour = number < marked, number < slides - 2
+            sample = patches(2 * BAG_ROWS * BAG_COLUMNS, 100 * seed + number)
+            rgb = with_markers(sample, number) if south else sample.rgb
+            grid = sample.rgb[sample.label == 0].copy()
+            if tumour:
+                grid[:FOCUS] = sample.rgb[sample.label == 1][:FOCUS]
+                grid[: FOCUS // 2] = rgb[sample.label == 1][: FOCUS // 2]
+            grid = grid.reshape(BAG_ROWS, BAG_COLUMNS, SIDE_PX, SIDE_PX, 3).swapaxes(1, 2)
+            name, size = f"{number:03d}.tif", (BAG_ROWS * SIDE_PX, BAG_COLUMNS * SIDE_PX, 3)
+            write_slide(folder / name, grid.reshape(size), mpp=0.5, compression="deflate")
+            table.writerow([name, "south" if south else "north", "tumour" if tumour else "other"])
     return folder / "list.csv"
 
 

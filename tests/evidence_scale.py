@@ -135,7 +135,7 @@ def of_slides(slides: int, place: Path, plan_only: bool) -> dict[str, float]:
     """Return the peaks of evidence of many slides, of a dozen places each."""
     from wsi_gradcam.audit.archive import open_run
     from wsi_gradcam.evidence.running import evidence_run, shares_of
-    from wsi_gradcam.executors.serial import SerialExecutor
+    from wsi_gradcam.executors import SerialExecutor
     from wsi_gradcam.results.run import open_result
 
     out = listed_often(place, slides)

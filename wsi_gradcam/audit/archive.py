@@ -113,7 +113,8 @@ class ExplainedRun:
         run = self.result.record
         if run.choice is None:
             raise ResumeError(f"{self.result.out}: made by an older version; explain again to audit it")
-        eager = plan_run(self.result.folder.place, self.spec, facts, self.settings)
+        baseline = tuple(map(float, self.result.run.get("baseline", ())))
+        eager = replace(plan_run(self.result.folder.place, self.spec, facts, self.settings), baseline=baseline)
         stored = replace(eager, facts=replace(facts, choice=run.choice))
         if stored.digest() != run.run_digest:
             what = "another model" if facts.digest != run.model.digest else "other settings or another version"
@@ -229,9 +230,8 @@ def _entries(result: Result) -> dict[str, SlideEntry]:
     """Return the run's slides by id, as slides.jsonl tells of them."""
     found = {}
     for name, row in read_slide_records(result.folder.record).items():
-        mpp = row.get("mpp")
         told = {key: str(row.get(key, "")) for key in ("mask", *GROUPINGS, "patient")}
-        path, stated = as_path(row["path"]), None if mpp is None else (mpp[0], mpp[1])
+        path, stated = as_path(row["path"]), None if (mpp := row.get("mpp")) is None else (mpp[0], mpp[1])
         address = slide_address(path, result.out)
         found[name] = SlideEntry(name, path, stated, "" if address == path else address, **told)
     return found

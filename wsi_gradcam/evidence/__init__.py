@@ -25,6 +25,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from wsi_gradcam.audit.plan import AuditFolder, AuditSettings, Frame, read_arrays, write_arrays
+from wsi_gradcam.audit.schema import Unit
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
 
@@ -49,6 +50,7 @@ COLOURS = (
 )
 BARE_GLASS = "bare glass"  # the name of a kind that is that, unless it is given another
 NOTHING = 255  # in label images: looked at, and of no kind
+PRESENT = 0.01  # of a slide's evidence, from which a kind is said to occur on it
 
 
 @dataclass(frozen=True)
@@ -167,6 +169,7 @@ class EvidencePlan:
         against: the folder of another run whose evidence this one's is compared with, and the digest of that; or "".
         others: how many kinds that has.
         single: whether sums are kept for single patches, as intervals of fewer than six slides need them.
+        unit: what the model answers for. Where that is a slide, a place is a patch, else a cell of the explained layer.
         shown: in the third pass, patches by slide id.
     """
 
@@ -183,6 +186,7 @@ class EvidencePlan:
     against: tuple[str, str] = ("", "")
     others: int = 0
     single: bool = False
+    unit: Unit = "patch"
     shown: Mapping[str, tuple[Shown, ...]] = field(default_factory=dict)
 
     @cached_property
@@ -195,6 +199,7 @@ class EvidencePlan:
             **{name: getattr(self.settings, name) for name in ("places", "seed")},
             "target": self.target.label,
             "sample": hashlib.sha256(sample.encode()).hexdigest(),
+            **({} if self.unit == "patch" else {"unit": self.unit}),
         }
 
     @cached_property
@@ -228,6 +233,16 @@ class EvidencePlan:
         """The sha256 of the kinds and of the patches of the third pass; these follow from the second."""
         shown = {name: [asdict(one) for one in own] for name, own in sorted(self.shown.items())}
         return _digest([self.cells_digest, shown])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of the places of a patch."""
+        return (1, 1) if self.unit == "slide" else self.run.facts.cam_shape
+
+    @property
+    def drawn(self) -> int:
+        """The number of places that are drawn from a patch."""
+        return 1 if self.unit == "slide" else DRAWN
 
     def pieces(self, slide: str) -> int:
         """Return the number of pieces of a slide's sample, or in the third pass of its patches that are shown."""
@@ -370,6 +385,35 @@ class Share(Row):
     value: float | None
     low: float | None
     high: float | None
+
+
+class Spread(Row):
+    """How a kind is spread over sites, scanners or labels."""
+
+    by: Annotated[str, Field(description="site, scanner or label, as the list of slides tells them")]
+    groups: Annotated[dict[str, list[int]], Field(description="slides with the kind, and slides, by group")]
+    share: Annotated[dict[str, float], Field(description="mean share of the slides' evidence, by group")]
+    density: Annotated[
+        dict[str, float], Field(description="mean contribution of a place to the target, over all places, by group")
+    ]
+    p: Annotated[float | None, Field(description="of the densities, slides permuted; null with one group alone")]
+    p_adjusted: Annotated[float | None, Field(description="corrected for all kinds (Holm)")]
+
+
+class Covering(Row):
+    """What happens to the explained scalar where the places of a kind are covered, or taken out of a slide's bag."""
+
+    how: Annotated[
+        Literal["covered", "removed"],
+        Field(description="covered in a patch; of slide-level models, removed: all patches of the kind from the slide"),
+    ] = "covered"
+    patches: Annotated[int, Field(description="that were changed; of slide-level models slides")]
+    slides: int
+    change: Annotated[Share, Field(description="logits: without the kind less with it")]
+    elsewhere: Annotated[Share, Field(description="the same of equal areas elsewhere in the patch, or on the slide")]
+    difference: Annotated[Share, Field(description="of the two")]
+    p: float | None
+    p_adjusted: float | None
 
 
 class AgainstRow(Row):

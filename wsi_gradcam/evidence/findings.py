@@ -1,8 +1,8 @@
 """What was found: the kinds of evidence in numbers, tests and plain words.
 
 A kind is a shortcut where two things come together: it is spread unevenly over sites or scanners, by a test that
-permutes slides, and the answer falls where it is covered, by more than where as much is covered elsewhere. p-values
-are corrected for all kinds (Holm 1979).
+permutes slides, and the answer falls where it is covered, by more than where as much is covered elsewhere (of
+slide-level models, where its patches are taken out of the bag). p-values are corrected for all kinds (Holm 1979).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pydantic import Field
 
 from wsi_gradcam.audit.findings import ALPHA, percent
 from wsi_gradcam.audit.measurements import FEWEST_SLIDES, Estimate, compare, estimate, holm, permutation_p
-from wsi_gradcam.evidence import COLOURS, Against, Row, Share
+from wsi_gradcam.audit.schema import Unit
+from wsi_gradcam.evidence import COLOURS, PRESENT, Against, Covering, Row, Share, Spread
 from wsi_gradcam.evidence.clusters import SIDES, Side
 
 if TYPE_CHECKING:
@@ -28,35 +29,9 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-PRESENT = 0.01  # of a slide's evidence, from which a kind is said to occur on it
 MUCH_MORE = 3.0  # times denser must a kind be in one group than in the others, to be told
 ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur, the border, or what is given, from which that is told
 FACTORS = ("site", "scanner", "label")
-
-
-class Spread(Row):
-    """How a kind is spread over sites, scanners or labels."""
-
-    by: Annotated[str, Field(description="site, scanner or label, as the list of slides tells them")]
-    groups: Annotated[dict[str, list[int]], Field(description="slides with the kind, and slides, by group")]
-    share: Annotated[dict[str, float], Field(description="mean share of the slides' evidence, by group")]
-    density: Annotated[
-        dict[str, float], Field(description="mean contribution of a place to the target, over all places, by group")
-    ]
-    p: Annotated[float | None, Field(description="of the densities, slides permuted; null with one group alone")]
-    p_adjusted: Annotated[float | None, Field(description="corrected for all kinds (Holm)")]
-
-
-class Covering(Row):
-    """What happens to the explained scalar where the places of a kind are covered."""
-
-    patches: int
-    slides: int
-    change: Annotated[Share, Field(description="logits: covered less whole")]
-    elsewhere: Annotated[Share, Field(description="the same of equal areas elsewhere in the patch")]
-    difference: Annotated[Share, Field(description="of the two")]
-    p: float | None
-    p_adjusted: float | None
 
 
 class KindRow(Row):
@@ -76,7 +51,10 @@ class KindRow(Row):
     ]
     of_patients: int | None
     largest_patient: Annotated[float | None, Field(description="share of it that lies on one patient's slides")]
-    probability: Annotated[float | None, Field(description="mean of the target's class, of patches with the kind")]
+    probability: Annotated[
+        float | None,
+        Field(description="mean of the target's class, of patches with the kind; of slide-level models, of slides"),
+    ]
     suspects: Annotated[dict[str, float], Field(description="share of its evidence on ink, glass, blur, border")]
     regions: Annotated[dict[str, float], Field(description="the same on regions that are given, by class")]
     annotations: Annotated[dict[str, float], Field(description="the same in annotated areas, by class")]
@@ -111,7 +89,9 @@ class Evidence(Row):
     model: str
     model_digest: str
     run: str
-    layer: str
+    level: Annotated[Unit, Field(description="what the model answers for: patches, or whole slides")] = "patch"
+    layer: Annotated[str, Field(description="whose cells are places; of slide-level models places are patches")]
+    bag_method: Annotated[str, Field(description="which gives a slide-level model's patches their evidence")] = ""
     target: str
     seed: int
     places: int
@@ -160,6 +140,8 @@ class Facts:
         groups: of the slides, such as "site", by slide id.
         names: that the user has given to kinds, by number.
         learned: whether the model has learned anything.
+        level: what it answers for.
+        bag_method: of a slide-level model.
     """
 
     model: str
@@ -174,11 +156,13 @@ class Facts:
     groups: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     names: Mapping[int, str] = field(default_factory=dict)
     not_read: Mapping[str, str] = field(default_factory=dict)
+    level: Unit = "patch"
+    bag_method: str = ""
 
 
 def find(sums: Tally, choice: Choice | None, covered: Mapping[int, Covered], facts: Facts) -> Evidence:
     """Return all that is found of places that are sorted into kinds, from their sums."""
-    worth = choice is not None and facts.learned.outcome == "holds"
+    worth = choice is not None and is_worth_sorting(facts.learned, facts.level)
     kinds = [] if choice is None or not worth else _rows(sums, choice, covered, facts)
     trials = [] if choice is None else [_trial_row(choice, side, i) for side in SIDES for i in _numbers(choice, side)]
     slides = len(np.unique(sums.slides))
@@ -186,7 +170,9 @@ def find(sums: Tally, choice: Choice | None, covered: Mapping[int, Covered], fac
         model=facts.model,
         model_digest=facts.model_digest,
         run=facts.run,
+        level=facts.level,
         layer=facts.layer,
+        bag_method=facts.bag_method,
         target=facts.target,
         seed=facts.seed,
         places=sums.places,
@@ -200,9 +186,14 @@ def find(sums: Tally, choice: Choice | None, covered: Mapping[int, Covered], fac
         sure={} if choice is None else {side: choice.is_sure(side) for side in SIDES},
         trials=trials,
         kinds=kinds,
-        findings=in_words(kinds, facts.target),
+        findings=in_words(kinds, facts.target, facts.level),
         not_read=dict(facts.not_read),
     )
+
+
+def is_worth_sorting(learned: Verdict, level: Unit) -> bool:
+    """Return whether there may be evidence: of a few slides nothing can be told, and they are sorted all the same."""
+    return learned.outcome == "holds" or (level == "slide" and learned.outcome == "unclear")
 
 
 def _numbers(choice: Choice, side: Side) -> range:
@@ -291,7 +282,7 @@ def _row(sums: Tally, number: int, side: Side, covered: Covered | None, facts: F
         annotations=_on(sums, "annotation", number),
         marks=_on(sums, "mark", number),
         spread=[one for by in FACTORS if (one := _spread(of_slide, density, by, facts)) is not None],
-        covering=None if covered is None else _covering(covered, facts.seed),
+        covering=None if covered is None else _covering(covered, facts),
         shortcut=False,
     )
 
@@ -366,14 +357,15 @@ def _spread(of_slide: Mapping[str, float], density: Mapping[str, float], by: str
     )
 
 
-def _covering(covered: Covered, seed: int) -> Covering | None:
+def _covering(covered: Covered, facts: Facts) -> Covering | None:
     known = np.isfinite(covered.change) & np.isfinite(covered.elsewhere)
     if not known.any():
         return None
     change, other = covered.change[known], covered.elsewhere[known]
-    slide, weight = covered.slide[known], covered.weight[known]
+    slide, weight, seed = covered.slide[known], covered.weight[known], facts.seed
     found = compare(change, other, slide, weight, seed)
     return Covering(
+        how="removed" if facts.level == "slide" else "covered",
         patches=int(known.sum()),
         slides=len(np.unique(slide)),
         change=as_share(estimate(change, slide, weight, seed)),
@@ -384,7 +376,7 @@ def _covering(covered: Covered, seed: int) -> Covering | None:
     )
 
 
-def in_words(kinds: Sequence[KindRow], target: str) -> list[Finding]:
+def in_words(kinds: Sequence[KindRow], target: str, level: Unit = "patch") -> list[Finding]:
     """Return the findings: shortcuts, suspects, then the evidence by its share, then what is unevenly spread."""
     found: list[tuple[int, float, Finding]] = []
     for row in kinds:
@@ -394,7 +386,9 @@ def in_words(kinds: Sequence[KindRow], target: str) -> list[Finding]:
         elif row.side == "for" and (words := _suspect_words(row, target)):
             found.append((1, weight, Finding(kind="suspect", cluster=row.number, words=words)))
         elif row.side == "for":
-            found.append((2, weight, Finding(kind="evidence", cluster=row.number, words=_evidence_words(row, target))))
+            found.append(
+                (2, weight, Finding(kind="evidence", cluster=row.number, words=_evidence_words(row, target, level)))
+            )
         if not row.shortcut and (spread := uneven(row)):
             found.append((3, weight, Finding(kind="uneven", cluster=row.number, words=_uneven_words(row, spread[0]))))
     return [one for *_, one in sorted(found, key=lambda one: one[:2])]
@@ -437,8 +431,9 @@ def _suspect_words(row: KindRow, target: str) -> str:
     )
 
 
-def _evidence_words(row: KindRow, target: str) -> str:
-    lift = "" if row.lift is None else f", {row.lift:.1f} times its share of the area"
+def _evidence_words(row: KindRow, target: str, level: Unit) -> str:
+    area = "patches" if level == "slide" else "area"
+    lift = "" if row.lift is None else f", {row.lift:.1f} times its share of the {area}"
     effect = f"; {_effect(row)}" if row.covering is not None and row.covering.difference.value is not None else ""
     name, inside = max(row.annotations.items(), key=lambda one: one[1], default=("", 0.0))
     effect = (f"; {percent(inside)} of it is annotated as “{name}”" if inside >= ON_SUSPECT else "") + effect
@@ -473,4 +468,6 @@ def _effect(row: KindRow) -> str:
     assert one.difference.value is not None
     size, side = abs(one.difference.value), "lower" if one.difference.value < 0 else "higher"
     unsure = "" if matters(row) else ", which may be chance"
+    if one.how == "removed":
+        return f"without it the slide's logit is {size:.2g} {side} than without as much elsewhere{unsure}"
     return f"covering it leaves the logit {size:.2g} {side} than covering as much elsewhere{unsure}"

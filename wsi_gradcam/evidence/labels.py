@@ -17,7 +17,7 @@ from wsi_gradcam.evidence import COLOURS, NOTHING, EvidenceFolder
 from wsi_gradcam.evidence.clusters import SIDES
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.zarr_stores import MADE_BY_US, ZarrGroup, telling_damage, write_labels_group
-from wsi_gradcam.results.heatmap import CHUNK, SHARD, Enlarger, touching
+from wsi_gradcam.results.heatmap import CHUNK, SHARD, touching
 from wsi_gradcam.results.run_files import folder_name
 from wsi_gradcam.run.claims import EVIDENCE
 
@@ -126,14 +126,14 @@ def _metadata(slide: str, plan: SlidePlan, labels: Sequence[Label]) -> dict[str,
 def _paint(place: StoragePath, plan: EvidencePlan, slide_plan: SlidePlan, pieces: Sequence[Arrays]) -> None:
     """Write all levels, block by block; blocks without patches are left empty."""
     group = ZarrGroup(place)
-    yx = np.concatenate([one["patch/yx"] for one in pieces]) + np.array(slide_plan.view[:2])
     cells = np.concatenate([one["cells/kinds"] for one in pieces])
-    enlarger = Enlarger(slide_plan.view[2:], plan.run.facts.cam_shape, slide_plan.stride)
+    yx, sizes = (np.concatenate(values) for values in zip(*(_seen(one, slide_plan) for one in pieces), strict=True))
     with place.wrap_write_errors():
         for block in slide_plan.blocks(0):
-            inside = touching(yx, enlarger.footprint, slide_plan.stride, block)
+            inside = touching(yx, sizes, slide_plan.stride, block)
             if len(inside):
-                group.array("0")[block.slices] = painted(enlarger, block, yx[inside], cells[inside])
+                labels = painted(slide_plan.stride, block, yx[inside], sizes[inside], cells[inside])
+                group.array("0")[block.slices] = labels
         for level in range(1, len(slide_plan.level_shapes)):
             finer = slide_plan.level_shapes[level - 1]
             for block in slide_plan.blocks(level):
@@ -145,19 +145,29 @@ def _paint(place: StoragePath, plan: EvidencePlan, slide_plan: SlidePlan, pieces
                     group.array(str(level))[block.slices] = labels
 
 
-def painted(enlarger: Enlarger, block: Region, yx: NDArray[Any], cells: Labels) -> Labels:
+def _seen(piece: Arrays, plan: SlidePlan) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Return the corner (y, x) and the size (height, width) of what is seen of each patch, level-0 px [n, 2] each."""
+    if "patch/box" in piece:
+        return piece["patch/box"][:, :2], piece["patch/box"][:, 2:]
+    yx = piece["patch/yx"] + np.array(plan.view[:2])
+    return yx, np.broadcast_to(plan.view[2:], yx.shape)
+
+
+def painted(stride: int, block: Region, yx: NDArray[Any], sizes: NDArray[Any], cells: Labels) -> Labels:
     """Return the label [height, width] of each pixel of a block: of the patch in whose middle it lies most.
 
     A pixel takes the cell that its centre lies in; a cell that is of no kind is `NOTHING`, and 0 is where no patch is.
 
     Args:
-        yx: [n, 2] in level-0 px of what the network sees of each patch.
+        stride: level-0 px per pixel.
+        yx, sizes: [n, 2] in level-0 px of what the network sees of each patch.
         cells: [n, h, w] labels.
     """
     best = np.zeros((block.height, block.width), np.float32)
     found = np.zeros((block.height, block.width), np.uint8)
-    for start, own in zip(yx, cells, strict=True):
-        axes = [_pixels(enlarger, axis, float(start[axis]), block) for axis in (0, 1)]
+    shape, offset, length = cells.shape[1:], (block.y, block.x), (block.height, block.width)
+    for start, size, own in zip(yx.tolist(), sizes.tolist(), cells, strict=True):
+        axes = [_pixels(stride, start[i], size[i], shape[i], offset[i], length[i]) for i in (0, 1)]
         (rows, row_cells, row_weights), (columns, column_cells, column_weights) = axes
         weights = row_weights[:, None] * column_weights[None]
         before = best[rows, columns]
@@ -168,16 +178,15 @@ def painted(enlarger: Enlarger, block: Region, yx: NDArray[Any], cells: Labels) 
 
 
 def _pixels(
-    enlarger: Enlarger, axis: int, start: float, block: Region
+    stride: int, start: float, size: float, cells: int, offset: int, length: int
 ) -> tuple[slice, NDArray[np.int64], NDArray[np.float32]]:
     """Return the pixels of a block that a patch covers along an axis, the cell of each, and how deep inside it is."""
-    size, offset, length = enlarger.footprint[axis], (block.y, block.x)[axis], (block.height, block.width)[axis]
-    first = max(int(np.ceil(start / enlarger.stride - 0.5)), offset)
-    last = min(int(np.ceil((start + size) / enlarger.stride - 0.5)), offset + length)
-    place = ((np.arange(first, max(first, last)) + 0.5) * enlarger.stride - start) / size
-    cells = np.minimum((place * enlarger.cells[axis]).astype(np.int64), enlarger.cells[axis] - 1)
+    first = max(int(np.ceil(start / stride - 0.5)), offset)
+    last = min(int(np.ceil((start + size) / stride - 0.5)), offset + length)
+    place = ((np.arange(first, max(first, last)) + 0.5) * stride - start) / size
     inside = slice(first - offset, max(first, last) - offset)
-    return inside, cells, np.maximum(np.sin(np.pi * place) ** 2, 1e-6).astype(np.float32)
+    weights = np.maximum(np.sin(np.pi * place) ** 2, 1e-6).astype(np.float32)
+    return inside, np.minimum((place * cells).astype(np.int64), cells - 1), weights
 
 
 def coarsened(labels: Labels) -> Labels:

@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.plan import Arrays
-    from wsi_gradcam.evidence import AgainstRow, Share
+    from wsi_gradcam.evidence import AgainstRow, Covering, Share, Spread
     from wsi_gradcam.evidence.clusters import Side
-    from wsi_gradcam.evidence.findings import Covering, Evidence, KindRow, Spread, TrialRow
+    from wsi_gradcam.evidence.findings import Evidence, KindRow, TrialRow
     from wsi_gradcam.io.paths import StoragePath
 
 OUTLINE = (20, 20, 20), (255, 225, 60)  # dark beside bright: seen on any tissue
+MIDDLE = np.pad([[True]], 1)  # of the surroundings of a patch, three of its sides wide
 LEAST_PX = 112  # of an example's side: smaller patches are enlarged
 
 
@@ -75,8 +76,9 @@ def evidence_page(evidence: Evidence, looked: Sequence[tuple[str, Arrays]], fact
         overview=[_overview(row) for row in evidence.kinds],
         against=[] if evidence.against is None else [_against(row) for row in evidence.against.rows],
         not_read=sorted(evidence.not_read.items()),
-        legend=colour_scale(scale, "of the explained scalar"),
+        legend=colour_scale(scale, "of the explained scalar") if maps else None,
         scale=scale,
+        area=area_of(evidence),
     )
     return page.encode()
 
@@ -100,20 +102,29 @@ def _overview(row: KindRow) -> tuple[str, ...]:
 
 
 def _card(row: KindRow, evidence: Evidence, examples: Sequence[ExampleCard]) -> KindCard:
+    whose = f"{evidence.target}, of its slides" if evidence.level == "slide" else evidence.target
     facts = [
         (f"Share of the evidence {row.side} {evidence.target}", shares(row.share)),
-        ("Share of the area", shares(row.area)),
+        (f"Share of the {area_of(evidence)}", shares(row.area)),
         ("Lift", "" if row.lift is None else f"{row.lift:.2f}"),
         ("Slides", f"{row.slides} of {row.of_slides} (a hundredth of their evidence at least)"),
         ("Patients", _patients(row)),
-        (f"Mean probability of {evidence.target}", "" if row.probability is None else f"{row.probability:.2f}"),
+        (
+            f"Mean probability of {whose}",
+            "" if row.probability is None else f"{row.probability:.2f}",
+        ),
         ("Lies on", _on(row.suspects)),
         ("Lies on given regions", _on(row.regions)),
         ("Lies in annotated areas", _on(row.annotations)),
         ("Lies on marks", _on(row.marks)),
-        ("Covered", "" if row.covering is None else covering_words(row.covering)),
+        *([] if row.covering is None else [(row.covering.how.capitalize(), covering_words(row.covering))]),
     ]
     return KindCard(row, called(row).capitalize(), facts, [_spread(one) for one in row.spread], examples)
+
+
+def area_of(evidence: Evidence) -> str:
+    """Return what places are counted as: of patch-level models the tissue's area, of slide-level models patches."""
+    return "patches" if evidence.level == "slide" else "area"
 
 
 def _on(shares: Mapping[str, float]) -> str:
@@ -147,6 +158,11 @@ def covering_words(one: Covering) -> str:
     """Return what covering has changed, in words."""
     p = "" if one.p_adjusted is None else f", {p_text(one.p_adjusted)}"
     slides = "slide" if one.slides == 1 else "slides"
+    if one.how == "removed":
+        return (
+            f"without its patches the slide's logit changes by {interval(one.change)}, without as many elsewhere by "
+            f"{interval(one.elsewhere)}{p}; {one.slides} {slides}"
+        )
     return (
         f"the logit changes by {interval(one.change)}, where as much is covered elsewhere by {interval(one.elsewhere)}"
         f"{p}; {one.patches} patches of {one.slides} {slides}"
@@ -174,15 +190,25 @@ def _examples(looked: Sequence[tuple[str, Arrays]], scale: float) -> dict[int, l
         for i, row in enumerate(arrays["example/row"].tolist()):
             rgb = enlarged(arrays["example/rgb"][i])
             title = f"{slide}, patch {int(arrays['example/number'][i])}"
-            pictures = [
-                picture(outlined(rgb, arrays["example/cells"][i]), f"{title}: the patch with the cluster outlined"),
-                overlay(rgb, arrays["example/map"][i], scale, f"{title}: its map"),
-            ]
+            pictures = [_patch(rgb, arrays, i, title)]
+            if "example/map" in arrays:
+                pictures.append(overlay(rgb, arrays["example/map"][i], scale, f"{title}: its map"))
+            if "example/around" in arrays:
+                around = outlined(arrays["example/around"][i], MIDDLE)
+                pictures.append(picture(around, f"{title}: the patch in its surroundings"))
             kind = int(arrays["shown/kind"][row])
             found[kind].append(ExampleCard(title, bool(arrays["example/extreme"][i]), pictures))
     for cards in found.values():
         cards.sort(key=lambda card: card.extreme)
     return found
+
+
+def _patch(rgb: NDArray[np.uint8], arrays: Arrays, number: int, title: str) -> Picture:
+    """Return the picture of an example, with its places of the kind outlined where they are not all of it."""
+    cells = arrays["example/cells"][number]
+    if cells.all():
+        return picture(rgb, f"{title}: the patch")
+    return picture(outlined(rgb, cells), f"{title}: the patch with the cluster outlined")
 
 
 def enlarged(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:

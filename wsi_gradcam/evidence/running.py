@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.audit.archive import audited_target, draw_shares, open_run
+from wsi_gradcam.audit.findings import Verdict
 from wsi_gradcam.audit.measurements import FEWEST_SLIDES
 from wsi_gradcam.audit.plan import Arrays, Frame, read_arrays
 from wsi_gradcam.audit.running import (
@@ -36,7 +37,6 @@ from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.errors import ConfigError, DocumentError, ResultError
 from wsi_gradcam.evidence import (
     BARE_GLASS,
-    DRAWN,
     PIECE,
     PLACES,
     EvidenceFolder,
@@ -47,7 +47,7 @@ from wsi_gradcam.evidence import (
 )
 from wsi_gradcam.evidence.clusters import Choice, Piece, find_kinds, need_library
 from wsi_gradcam.evidence.comparing import OtherEvidence, carry_names, compare_evidence, open_evidence
-from wsi_gradcam.evidence.findings import Covered, Evidence, Facts, KindRow, find
+from wsi_gradcam.evidence.findings import Covered, Evidence, Facts, KindRow, find, is_worth_sorting
 from wsi_gradcam.evidence.page import write_report
 from wsi_gradcam.evidence.stages import EvidenceWorkload
 from wsi_gradcam.evidence.tables import Tally, glass_of, measured, tally, weights_of
@@ -64,7 +64,6 @@ from wsi_gradcam.run.types import RunListener, SlideRecord
 
 if TYPE_CHECKING:
     from wsi_gradcam.audit.archive import ExplainedRun
-    from wsi_gradcam.audit.findings import Verdict
     from wsi_gradcam.audit.plan import AuditSettings
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.io.paths import StoragePath
@@ -73,6 +72,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.models.spec import ModelSpec
 
 
+LEARNED = "Has the model learned to tell these slides apart?"
 READ = 100_000  # places, of all that were measured, in which kinds are found
 
 
@@ -148,7 +148,7 @@ def evidence_run(
         if aim.label == PREDICTED:
             raise ConfigError(f"target {PREDICTED!r} is another class for each patch; name one class")
         plan = EvidencePlan(
-            run=eager, run_digest=result.record.run_digest, settings=settings, target=aim, shares=shares
+            run=eager, run_digest=result.record.run_digest, settings=settings, target=aim, shares=shares, unit=run.unit
         )
         if other is not None:
             plan = replace(plan, against=(other.out, other.digest), others=len(other.evidence.kinds))
@@ -176,19 +176,16 @@ def shares_of(run: ExplainedRun, settings: EvidenceSettings, other: OtherEvidenc
     """Return what is drawn from each slide, by its id: the patches of the other evidence, or a sample.
 
     Raises:
-        ConfigError: the run is of a slide-level model, or has none of the other's slides.
+        ConfigError: the run has none of the other's slides.
     """
-    out = run.result.out
-    if run.unit == "slide":
-        raise ConfigError(
-            f"{out}: is of a slide-level model, and evidence is sorted for models of patches alone; explain the same "
-            "slides with a model of patches"
-        )
     if other is not None:
         if settings.skip_labels:
             raise ConfigError("against compares label images, which skip_labels leaves out; omit one of them")
         return other.shares(run.candidates)
-    chosen = draw_shares(run.candidates, settings.drawings())
+    drawings = settings.drawings()
+    if run.unit == "slide":
+        drawings = replace(drawings, patches=settings.places)
+    chosen = draw_shares(run.candidates, drawings)
     return {one.slide.id: SlideShare(each, weight) for one, each, weight in chosen}
 
 
@@ -211,7 +208,7 @@ def _passes(
     read, ids = [record.slide for record in measured if record.patches], list(plan.counts)
     learned = learned_of(folder, plan, ids)
     choice = None
-    if learned.outcome == "holds":
+    if is_worth_sorting(learned, plan.unit):
         choice = find_kinds(drawn_pieces(folder, plan, ids), plan.settings.seed)
     if choice is None:
         return _finish(folder, plan, run, records, _Found(None, _unsorted(folder, plan, ids), learned))
@@ -274,7 +271,7 @@ def drawn_pieces(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[st
     order = np.random.default_rng(plan.settings.seed).permutation(int(ends[-1]))
     slide = np.searchsorted(ends, order, side="right")
     number = order - np.concatenate([[0], ends])[slide]
-    places = DRAWN * np.minimum(PIECE, patches[slide] - number * PIECE)
+    places = plan.drawn * np.minimum(PIECE, patches[slide] - number * PIECE)
     read = np.flatnonzero(np.cumsum(places) - places < READ)
     for i in read[np.argsort(order[read])].tolist():
         arrays = read_arrays(folder.batch(slides[slide[i]], plan.digest, int(number[i])))
@@ -283,7 +280,7 @@ def drawn_pieces(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[st
 
 
 def learned_of(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Verdict:
-    """Return whether the model has learned anything of such patches, as the audit judges it."""
+    """Return whether the model has learned anything of such patches, or slides, as the audit judges it."""
     from wsi_gradcam.audit.questions.sanity import answer_spread, has_learned
 
     own, others = [], []
@@ -292,11 +289,13 @@ def learned_of(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]
             arrays = read_arrays(folder.batch(slide, plan.digest, 0))
             if "probe/answers" in arrays:
                 others.append(arrays["probe/answers"])
-                own.append(arrays["patch/logits"][: len(others[-1])])
+                own.append(arrays["probe/own" if "probe/own" in arrays else "patch/logits"][: len(others[-1])])
     if not own:
         raise ResultError(f"{folder.place}: no patch of the sample could be read, so there is no evidence")
+    if plan.unit == "slide" and len(own) < FEWEST_SLIDES:
+        return Verdict(LEARNED, "unclear", f"Nothing can be told of it from fewer than {FEWEST_SLIDES} slides.", {})
     spread = float(answer_spread(np.concatenate(own)))
-    return has_learned(spread, answer_spread(np.moveaxis(np.concatenate(others), 1, 0)))
+    return has_learned(spread, answer_spread(np.moveaxis(np.concatenate(others), 1, 0)), plan.unit)
 
 
 def _unsorted(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Tally:
@@ -322,6 +321,8 @@ def _finish(
         layer=plan.run.facts.layer,
         target=plan.target.label,
         seed=plan.settings.seed,
+        level=plan.unit,
+        bag_method=plan.run.settings.bag_method[0] if plan.unit == "slide" else "",
         patches_of_run=sum(candidate.patches for candidate in run.candidates),
         slides_of_run=len(run.candidates),
         learned=found.learned,

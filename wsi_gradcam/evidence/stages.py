@@ -30,11 +30,12 @@ from wsi_gradcam.evidence import (
     EvidencePlan,
     drawn_patches,
 )
+from wsi_gradcam.evidence.bags import MEASURE_BAG, SHOW_BAG, SORT_BAG
 from wsi_gradcam.evidence.comparing import compare_slide
-from wsi_gradcam.evidence.tables import draw_slide, sort_slide, stored_plan
+from wsi_gradcam.evidence.tables import draw_cells, draw_slide, sort_slide, stored_plan
 from wsi_gradcam.run.claims import EVIDENCE
 from wsi_gradcam.run.context import Exclusive
-from wsi_gradcam.run.types import Processed, SlideJob, Stage, Task
+from wsi_gradcam.run.types import Planned, Processed, SlideJob, Stage, Task
 from wsi_gradcam.run.workload import measuring_job
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.tissue.stain import apply
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
 
 # A batch is always of this size, filled up where need be: for others torch chooses other kernels, whose sums differ.
 BATCH_SIZE = 16
-EVENLY = 0.5  # of the draws go to any cell, the others to where the contributions are
 CONTROLS = 4  # equal areas elsewhere, for each patch that is covered
 
 
@@ -132,25 +132,6 @@ def describe(subject: Subject, seen: Seen, target: AnyTarget, cells: int = DRAWN
         covered = cover(seen.shown(masks), grid).reshape(len(values), -1)
         found[f"suspect/{name}"] = covered[rows, chosen].astype(np.float32)
     return found
-
-
-def draw_cells(values: Floats, seeds: Sequence[int], cells: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
-    """Return (patch, cell, weight) of the cells that are drawn from each patch, `values` [P, n] being contributions.
-
-    `cells` draws of a patch, half of them in proportion to the size of the contribution (all evenly where there is
-    none). A cell that is drawn k times weighs k / (cells * its probability): unbiased (Hansen and Hurwitz 1943).
-    """
-    rows, chosen, weights = [], [], []
-    for row, (own, seed) in enumerate(zip(np.abs(values), seeds, strict=True)):
-        size, total = len(own), float(own.sum())
-        even = np.full(size, 1 / size)
-        share = EVENLY * even + (1 - EVENLY) * (own / total if total > 0 else even)
-        drawn = np.random.default_rng(seed).choice(size, cells, p=share / share.sum())
-        unique, times = np.unique(drawn, return_counts=True)
-        rows.append(np.full(len(unique), row))
-        chosen.append(unique)
-        weights.append(times / (cells * share[unique]))
-    return np.concatenate(rows), np.concatenate(chosen), np.concatenate(weights)
 
 
 def probe(subject: Subject, rgb: Rgb, seed: int) -> NDArray[np.float32]:
@@ -237,16 +218,20 @@ class EvidenceWorkload:
 
     def job(self, slide: SlideEntry) -> SlideJob:
         """Return the phases of a slide; see `Workload.job`."""
+        whole = self.plan.unit == "slide"
         if self.plan.step == "measure":
-            return measuring_job(
-                slide, [[Task(DRAW, slide)]], lambda drawn: [[Task(MEASURE, slide, (i,)) for i in drawn.spans]]
-            )
+
+            def then(drawn: Planned) -> list[list[Task]]:
+                return [[Task(MEASURE_BAG, slide)] if whole else [Task(MEASURE, slide, (i,)) for i in drawn.spans]]
+
+            return measuring_job(slide, [[Task(DRAW, slide)]], then)
         pieces = [(i,) for i in range(self.plan.pieces(slide.id))]
         if self.plan.step == "sort":
             cells = [] if self.plan.settings.skip_labels else [Task(CELLS, slide, index) for index in pieces]
+            cells = [Task(SORT_BAG, slide)] if whole else cells
             compared = [Task(COMPARE, slide)] if self.plan.against[0] else []
             return measuring_job(slide, [cells, [Task(SORT, slide)], compared])
-        return measuring_job(slide, [[Task(SHOW, slide, index) for index in pieces]])
+        return measuring_job(slide, [[Task(SHOW_BAG if whole else SHOW, slide, index) for index in pieces]])
 
 
 def _piece(plan: EvidencePlan, folder: EvidenceFolder, entry: SlideEntry, number: int) -> DrawnPatches:

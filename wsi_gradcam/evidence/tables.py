@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from wsi_gradcam.audit.archive import Annotated, ReadablePatches, annotated_slide, ground_of, sample_columns
-from wsi_gradcam.audit.plan import Arrays, read_arrays, write_arrays
+from wsi_gradcam.audit.plan import Arrays, patch_seeds, read_arrays, write_arrays
 from wsi_gradcam.audit.schema import GLASS
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.evidence import PIECE, DrawnPatches, EvidenceFolder, Shown, drawn_patches, sample_digest
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 COVERED = 40  # patches in which a kind is covered: enough for a paired test, see `audit.findings.ENOUGH`
 EXAMPLES = 6  # typical ones of a kind, and as many extremes
 JOINED = 4096  # slides whose sums are kept each for itself
+EVENLY = 0.5  # of the draws go to any cell, the others to where the contributions are
 UNITS = 1024  # sums of a slide, where patches are counted for themselves
 _MOST = {"covered": COVERED, "extreme": EXAMPLES, "typical": 2 * EXAMPLES}  # candidates of a kind
 
@@ -65,9 +66,43 @@ def _draw(plan: EvidencePlan, slide: str, folder: SlideFolder) -> DrawnPatches:
     if share.like:
         there = EvidenceFolder(RunFolder(storage_path(plan.against[0])).place / EVIDENCE)
         return drawn_patches(there, slide, sample_digest(share.like)).shared(table.read(["y", "x", "status"]))
+    if plan.unit == "slide":
+        return _draw_relevant(plan, slide, table)
     patches = ReadablePatches.of(table.read(sample_columns(classes)), classes)
     found = patches.draw(slide, patches.predicted, share.patches, plan.settings.seed, share.stands_for)
     return DrawnPatches.of(found.patches, found.yx, found.weights)
+
+
+def _draw_relevant(plan: EvidencePlan, slide: str, table: StoredTable) -> DrawnPatches:
+    """Return patches of a slide-level model's slide: all, or more of those that contribute much; see `draw_cells`."""
+    share, classes = plan.shares[slide], plan.run.facts.classes
+    column = f"{plan.run.settings.bag_method[0]}_relevance_{plan.target.label}"
+    columns = table.read([*sample_columns(classes), column])
+    patches = ReadablePatches.of(columns, classes)
+    rows, weights = np.arange(len(patches.numbers)), np.ones(len(patches.numbers))
+    if len(rows) > share.patches:
+        relevance = columns.column(column).to_numpy(zero_copy_only=False)[patches.numbers].astype(np.float64)
+        _, rows, weights = draw_cells(relevance[None], patch_seeds(plan.settings.seed, slide, [0]), share.patches)
+    return DrawnPatches(patches.numbers[rows], patches.yx[rows], weights * share.stands_for)
+
+
+def draw_cells(values: Floats, seeds: Sequence[int], cells: int) -> tuple[NDArray[np.int64], NDArray[np.int64], Floats]:
+    """Return (patch, cell, weight) of the cells that are drawn from each patch, `values` [P, n] being contributions.
+
+    `cells` draws of a patch, half of them in proportion to the size of the contribution (all evenly where there is
+    none). A cell that is drawn k times weighs k / (cells * its probability): unbiased (Hansen and Hurwitz 1943).
+    """
+    rows, chosen, weights = [], [], []
+    for row, (own, seed) in enumerate(zip(np.abs(values), seeds, strict=True)):
+        size, total = len(own), float(own.sum())
+        even = np.full(size, 1 / size)
+        share = EVENLY * even + (1 - EVENLY) * (own / total if total > 0 else even)
+        drawn = np.random.default_rng(seed).choice(size, cells, p=share / share.sum())
+        unique, times = np.unique(drawn, return_counts=True)
+        rows.append(np.full(len(unique), row))
+        chosen.append(unique)
+        weights.append(times / (cells * share[unique]))
+    return np.concatenate(rows), np.concatenate(chosen), np.concatenate(weights)
 
 
 def stored_plan(folder: SlideFolder, plan: EvidencePlan) -> SlidePlan:
@@ -94,7 +129,8 @@ def sort_slide(context: Context[Any], entry: SlideEntry) -> None:
     elif is_whole(labels, plan) and folder.patches(entry.id).is_file():
         name_labels(labels, plan, entry.id, slide_plan)
     else:
-        pieces = [read_arrays(folder.batch(entry.id, plan.cells_digest, i)) for i in range(plan.pieces(entry.id))]
+        count = 1 if plan.unit == "slide" else plan.pieces(entry.id)
+        pieces = [read_arrays(folder.batch(entry.id, plan.cells_digest, i)) for i in range(count)]
         folder.patches(entry.id).write(_patches_table(pieces))
         write_labels(labels, plan, entry.id, slide_plan, pieces)
 
@@ -127,10 +163,10 @@ def write_places(folder: EvidenceFolder, plan: EvidencePlan, slide: str, slide_p
     for arrays in measured(folder, plan, slide):
         features, values = arrays["place/features"], arrays["place/value"]
         kinds = plan.kinds.sort(features, values, glass_of(arrays))
-        shares = given.shares(arrays, slide_plan.view, plan.run.facts.cam_shape)
+        shares = given.shares(arrays, slide_plan.view, plan.grid)
         sums.add(arrays, kinds, likeness_of(plan.kinds, features, kinds), shares)
         patch = arrays["place/patch"]
-        y, x = centres(arrays, slide_plan.view, plan.run.facts.cam_shape).T
+        y, x = centres(arrays, slide_plan.view, plan.grid).T
         table.add(
             patch=arrays["patch/number"][patch],
             y=y,
@@ -210,6 +246,7 @@ class _Sums:
         self._units = min(patches, UNITS) if plan.single else 1
         self._each = -(-patches // self._units)
         self._patches = self._places = 0
+        self._most = {**_MOST, "covered": 1} if plan.unit == "slide" else _MOST
         k = len(self._kinds)
         self._of_units = {
             "mass": np.zeros((self._units, len(SIDES))),
@@ -254,7 +291,8 @@ class _Sums:
     def _choose(self, kind: int, arrays: Arrays, own: NDArray[np.bool_], likeness: NDArray[np.float32]) -> None:
         """Keep the patches of a kind that may be shown, of this piece and of those before.
 
-        Covered are some that are drawn in proportion to what the kind contributes in them. Extremes contribute most;
+        Covered are some that are drawn in proportion to what the kind contributes in them; of a slide-level model one,
+        which stands for the slide, so that slides are drawn in proportion to that. Extremes contribute most;
         typical ones are nearest to the kind's centre, of those that contribute more than its middle.
         """
         patches = len(arrays["patch/number"])
@@ -269,7 +307,7 @@ class _Sums:
         with np.errstate(divide="ignore"):
             orders = {"covered": waiting / mass, "extreme": -largest, "typical": -nearest}
         present = {"covered": mass > 0, "extreme": mass > 0, "typical": nearest > -1}
-        for name, most in _MOST.items():
+        for name, most in self._most.items():
             rows = np.flatnonzero(present[name])
             new = {
                 "number": arrays["patch/number"][rows],

@@ -1,6 +1,6 @@
 """Executors run the workloads of a run: `SerialExecutor` is the reference, and `dask` does the same in many processes.
 
-They know the room `run` and what is below it; `audit` and `api` give them workloads. The reference is one process that
+They know the room `run` and those below it; `audit` and `api` give them workloads. The reference is one process that
 performs one task after the other: every other executor must agree with it.
 """
 

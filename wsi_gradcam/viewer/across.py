@@ -259,6 +259,7 @@ class EvidenceIndex:
         if found is None:
             return about | {"clusters": []}
         return about | {
+            "level": found.level,
             "target": valid_text(found.target),
             "worth_sorting": found.worth_sorting,
             "learned": valid_text(found.learned),

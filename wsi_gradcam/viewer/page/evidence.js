@@ -143,15 +143,16 @@ export class Evidence {
   numbers(cluster) {
     const { share, area, lift, slides, of_slides: all, probability, suspects, uneven, change } = cluster;
     const { target } = this.facts;
+    const removed = this.facts.level === "slide"; // patches are taken out of the slide's bag
     const on = Object.entries(suspects).filter(([, value]) => value >= 0.05)
       .map(([name, value]) => `${percent(value)} on ${SUSPECTS[name] || name}`);
     const rows = [
       [`Share of the evidence ${cluster.side} ${target}`, `${percent(share.value)} (${percent(share.low)} to ${percent(share.high)})`],
       ["Share of the tissue", `${percent(area)}${lift === null ? "" : `; ${short(lift)} times as much evidence as area`}`],
       ["Slides", `${slides} of ${all}${uneven.length ? `, unevenly by ${uneven.join(" and ")}` : ""}`],
-      [`Mean probability of ${target}`, short(probability)],
-      ["Covering it leaves the logit", change === null ? null
-        : `${short(Math.abs(change))} ${change < 0 ? "lower" : "higher"} than covering as much elsewhere`],
+      [`Mean probability of ${target}${removed ? ", of its slides" : ""}`, short(probability)],
+      [removed ? "Without it the slide's logit is" : "Covering it leaves the logit", change === null ? null
+        : `${short(Math.abs(change))} ${change < 0 ? "lower" : "higher"} than ${removed ? "without" : "covering"} as much elsewhere`],
       ["Lies", on.join(", ") || null],
     ].filter(([, text]) => text !== null);
     return element("dl", { class: "cluster-facts" }, ...rows.map(([name, text]) =>
