@@ -10,8 +10,8 @@ import pytest
 
 from tests.runs import SMALL, differing, toy_spec
 from tests.synthetic import strip_mpp, write_marker_slide
+from wsi_gradcam import executors
 from wsi_gradcam.api import explain
-from wsi_gradcam.executors import serial
 from wsi_gradcam.run.context import Context, perform
 from wsi_gradcam.run.types import Task
 from wsi_gradcam.slides.patch_reader import PatchReader
@@ -62,7 +62,7 @@ def test_the_next_slide_is_planned_and_read_while_the_model_works(
 
     explain([slides / "a.tif", slides / "c.tif"], toy_spec("slow_linear"), tmp_path / "plain", **SMALL)
     watcher = Watcher({"a.tif": "c.tif"})
-    monkeypatch.setattr(serial, "perform", watcher)
+    monkeypatch.setattr(executors, "perform", watcher)
     monkeypatch.setattr(PatchReader, "read_ahead", told)
     outcome = explain([slides / "a.tif", slides / "c.tif"], toy_spec("slow_linear"), tmp_path / "out", **SMALL)
     assert [record.status for record in outcome.records] == ["ok", "ok"]
@@ -75,7 +75,7 @@ def test_the_next_slide_is_planned_and_read_while_the_model_works(
 def test_a_slide_that_cannot_be_planned_fails_in_its_turn(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(serial, "perform", Watcher({"a.tif": "b.tif"}))
+    monkeypatch.setattr(executors, "perform", Watcher({"a.tif": "b.tif"}))
     outcome = explain(slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL)
     assert [(record.slide.id, record.status) for record in outcome.records] == [
         ("a.tif", "ok"),
@@ -89,7 +89,7 @@ def test_slides_are_opened_one_at_a_time_where_one_of_two_has_ended_a_process(
     slides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watcher = Watcher({})
-    monkeypatch.setattr(serial, "perform", watcher)
+    monkeypatch.setattr(executors, "perform", watcher)
     monkeypatch.setattr(CRASHES, "one_at_a_time", True)
     explain(slides, toy_spec("slow_linear"), tmp_path / "out", **SMALL)
     assert set(watcher.threads.values()) == {threading.main_thread().name}
