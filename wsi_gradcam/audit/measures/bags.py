@@ -1,13 +1,13 @@
-"""Slide-level models under audit: what the answer becomes as patches leave the bag, and how alike relevances are.
+"""Slide-level models under audit: how the answer changes as patches leave the bag, and how similar relevances are.
 
-Patches are dropped in the order of their relevance, most relevant first (MoRF) or least relevant first (LeRF), as in
-Hense 2024 (arXiv 2406.04280) and Bluecher 2024 (arXiv 2401.06654). A map that shows what decides makes the answer fall
-soon in the first order, and late in the second:
+Patches are removed in the order of their relevance, most relevant first (MoRF) or least relevant first (LeRF), as in
+Hense 2024 (arXiv 2406.04280) and Bluecher 2024 (arXiv 2401.06654). With a map that shows what decides, the answer falls
+early in the first order, and late in the second:
 
     AUPC = mean_q s(X without the q most relevant),    SRG = mean_q [s(without the q least) - s(without the q most)].
 
-Networks that pool by attention are asked once for all steps of all orders: patches that leave together are pooled
-together, and pools are joined.
+Networks that pool by attention run once for all steps of all orders: patches that leave together are pooled together,
+and pools are joined.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
     Masks = NDArray[np.bool_]
 
 CHUNK_ROWS = 2048
-STEPS, FEWER_STEPS = 100, 20  # of a curve: of networks that are asked once for all, and of others
-HEAD = "top"  # in the networks of `mil.networks`
-TRIED_LAYERS = 8  # patches that show the order of a network's layers
+STEPS, FEWER_STEPS = 100, 20  # steps of a curve: for networks that run once for all steps, and for others
+HEAD = "top"  # layer names in the networks of `mil.networks`
+TRIED_LAYERS = 8  # patches used to find the order of a network's layers
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +52,8 @@ class BagSubject:
 
     Attributes:
         network: in double precision.
-        features: [N, D], an array or what gives one for a slice of rows.
-        target: what is explained, with the class that is predicted for the whole bag where that is asked for.
+        features: [N, D], an array or an object that returns one for a slice of rows.
+        target: what is explained; `predicted` is replaced by the class predicted for the whole bag.
         activation: how logits become probabilities.
         logits: [K] of the whole bag.
     """
@@ -66,32 +66,32 @@ class BagSubject:
 
     @classmethod
     def of(cls, network: Aggregator, features: Any, target: Target, activation: SlideActivation) -> BagSubject:
-        """Return the subject; the whole bag is answered once."""
+        """Return the subject; the network answers once for the whole bag."""
         logits = whole_answer(network, features)
         return cls(network, features, fixed(target, logits), activation, logits)
 
     @property
     def in_one_go(self) -> bool:
-        """True where all steps of all orders are answered in one pass over the features."""
+        """Whether all steps of all orders are answered in one pass over the features."""
         return isinstance(self.network, Pooled) and not self.network.critical_count
 
     def scalar(self, logits: Floats) -> Floats:
-        """Return the explained scalar [...] of logits [..., K]."""
+        """Return the explained scalar [...] from logits [..., K]."""
         flat = torch.from_numpy(np.ascontiguousarray(logits.reshape(-1, logits.shape[-1])))
         found: Floats = score_of_bag(self.target, torch.from_numpy(self.logits))(flat).double().numpy()
         return found.reshape(logits.shape[:-1])
 
     def probability(self, logits: Floats) -> Floats | None:
-        """Return the probability [...] of the explained class; None where there is none."""
+        """Return the probability [...] of the explained class; None if there is none."""
         if not self.target.is_class or self.target.index is None or self.activation == "none":
             return None
         found: Floats = slide_probabilities(logits, self.activation)[..., self.target.index]
         return found
 
     def says_so(self, logits: Floats) -> Masks | None:
-        """Return whether the answer is the explained class [...]; None where nothing is called or not.
+        """Return whether the answer is the explained class [...]; None if the answer is not a class.
 
-        By softmax it is when no other logit is larger, else when its own is above 0.
+        With softmax, it is if no other logit is larger; otherwise, if its own is above 0.
         """
         if not self.target.is_class or self.target.index is None or self.activation in ("none", "hazard"):
             return None
@@ -101,28 +101,28 @@ class BagSubject:
         return np.asarray(logits[..., self.target.index] > 0, np.bool_)
 
     def without(self, masks: Masks) -> Floats:
-        """Return logits [M, K] of the bag without the patches of each mask [M, N]; NaN where none is left."""
+        """Return logits [M, K] of the bag without the patches in each mask [M, N]; NaN if none is left."""
         left, _ = answers_without(self.network, self.features, (~masks).astype(np.int64), 2)
         return left[:, 1]
 
     def relevance(self, methods: Sequence[str]) -> dict[str, Floats]:
-        """Return the relevance [N] of the patches by method; of attention its weight."""
+        """Return the relevance [N] of the patches by method; for attention, its weight."""
         return relevance_of(self.network, self.features, self.target, methods)
 
     def part(self, rows: Rows) -> BagSubject:
-        """Return the bag of some of its patches, of which the same is explained."""
+        """Return the bag with some of its patches, for which the same target is explained."""
         return self.of(self.network, rows_of(self.features, rows), self.target, self.activation)
 
 
 def fixed(target: Target, logits: Floats) -> Target:
-    """Return a target with the class that is predicted for the bag in place of `predicted`."""
+    """Return a target with the class predicted for the bag in place of `predicted`."""
     if target.index is not None or target.function is not None:
         return target
     return replace(target, index=int(np.argmax(logits)))
 
 
 def relevance_of(network: Aggregator, features: Any, target: Target, methods: Sequence[str]) -> dict[str, Floats]:
-    """Return the relevance [N] by method; of several heads of attention that of the class, else their mean."""
+    """Return the relevance [N] by method; with several attention heads, that of the class, else their mean."""
     told = explain_bag(network, features, [target], methods)
     found = {name: values[:, 0] for name, values in told.relevance.items()}
     if ATTENTION in methods:
@@ -131,7 +131,7 @@ def relevance_of(network: Aggregator, features: Any, target: Target, methods: Se
 
 
 def of_heads(weights: Floats, target: Target, classes: int) -> Floats:
-    """Return attention [N] of heads [N, H]: that of the explained class where each has one, else their mean."""
+    """Return attention [N] from heads [N, H]: that of the explained class if each class has one, else their mean."""
     heads = weights.shape[1]
     if heads == classes and heads > 1 and target.index is not None:
         return np.asarray(weights[:, target.index], np.float64)
@@ -156,11 +156,11 @@ def whole_answer(network: Aggregator, features: Any) -> Floats:
 
 
 def answers_without(network: Aggregator, features: Any, leaves: Rows, steps: int) -> tuple[Floats, Floats]:
-    """Return logits ([O, S, K], [O, S, K]) of what is left before each step, and of what has left by its end.
+    """Return logits ([O, S, K], [O, S, K]) of what remains before each step, and of what has left by its end.
 
     Args:
-        leaves: [O, N], the step from 0 to S - 1 in which a patch leaves, by order: at [o, s] the first is the answer
-            to the patches with steps of s or later, the second to those with steps up to s. NaN for a bag of none.
+        leaves: [O, N], the step from 0 to S - 1 in which a patch leaves, by order: at [o, s], the first result is the
+            answer to the patches with steps of s or later, the second to those with steps up to s. NaN for empty bags.
         steps: S.
     """
     with torch.no_grad():
@@ -233,7 +233,7 @@ def _best(scores: Floats, rows: Rows) -> Rows | None:
 
 
 def _better(scores: Floats, first: Rows | None, second: Rows | None) -> Rows | None:
-    """Return for each kind of critical patch the row with the larger score, the earlier of equals."""
+    """Return, for each kind of critical patch, the row with the larger score, or the earlier one if equal."""
     if first is None or second is None:
         return second if first is None else first
     kinds = np.arange(scores.shape[1])
@@ -242,14 +242,14 @@ def _better(scores: Floats, first: Rows | None, second: Rows | None) -> Rows | N
 
 
 class _StepPools:
-    """The means of values weighted with the softmax of scores of the patches of each step, joined from either end."""
+    """The means of values, weighted by the softmax of scores, of each step's patches, joined from either end."""
 
     def __init__(self, steps: int) -> None:
         self.steps = steps
         self.top = self.total = self.value = torch.empty(0)
 
     def add(self, leaves: Tensor, scores: Tensor, values: Tensor) -> None:
-        """Take scores [n, H] and values [n, V] of patches that leave in steps `leaves` [n]."""
+        """Add scores [n, H] and values [n, V] of patches that leave in steps `leaves` [n]."""
         scores, values = scores.double(), values.double()
         heads, width = scores.shape[1], values.shape[1]
         if not self.top.numel():
@@ -266,9 +266,9 @@ class _StepPools:
         self.top = top
 
     def joined(self) -> Tensor:
-        """Return the means [2, S, H, V] of what leaves in each step or later, and in it or before.
+        """Return the means [2, S, H, V] of what leaves in each step or later, and in it or earlier.
 
-        Sums are begun at the end that is left last, so that what is small is added before what is large.
+        Sums begin at the end that is left last, so that small terms are added before large ones.
         """
         share = (self.top - self.top.amax(dim=0)).exp()
         total, value = self.total * share, self.value * share[..., None]
@@ -283,7 +283,7 @@ def _block(network: Aggregator, features: Any, start: int, stop: int) -> Tensor:
 
 
 def is_constant(relevance: Floats) -> bool:
-    """Return True where patches [N] have one relevance, but for the rounding of float32.
+    """Return whether all patches [N] have the same relevance, up to float32 rounding.
 
     >>> is_constant(np.array([0.2, 0.2 + 1e-9])), is_constant(np.array([0.2, 0.3]))
     (True, False)
@@ -293,9 +293,9 @@ def is_constant(relevance: Floats) -> bool:
 
 
 def leaving_order(relevance: Floats, seed: int) -> Rows:
-    """Return the place of each patch [N] when the most relevant leaves first; ties at random.
+    """Return the position of each patch [N] in the order in which the most relevant leaves first; ties at random.
 
-    What is no number leaves last.
+    Patches with NaN leave last.
     """
     ties = np.random.default_rng(seed).random(len(relevance))
     known = np.where(np.isfinite(relevance), relevance, -np.inf)
@@ -306,13 +306,13 @@ def leaving_order(relevance: Floats, seed: int) -> Rows:
 
 @dataclass(frozen=True, eq=False)
 class Flipping:
-    """A bag's logits as patches leave it by an order, and as they come back; Q steps.
+    """A bag's logits as patches leave it in an order, and as they come back, in Q steps.
 
     Attributes:
         fractions: [Q] of the patches that have left.
-        most, least: [Q, K] with the most, or the least relevant patches gone.
-        counts: [C] of patches, ascending.
-        kept, removed: [C, K] of so many most relevant patches alone, and of all but them; NaN for none.
+        most, least: [Q, K] without the most, or the least relevant patches.
+        counts: [C] numbers of patches, ascending.
+        kept, removed: [C, K] for that many most relevant patches alone, and for all but them; NaN for none.
     """
 
     fractions: Floats
@@ -330,14 +330,14 @@ def fractions_of(steps: int) -> Floats:
 
 
 def flipping(subject: BagSubject, orders: Sequence[Rows]) -> list[Flipping]:
-    """Return how the answer changes as patches leave, by order: places [N] as of `leaving_order`."""
+    """Return how the answer changes as patches leave, by order: positions [N] as from `leaving_order`."""
     count, fine = len(subject.features), subject.in_one_go
     fractions = fractions_of(STEPS if fine else FEWER_STEPS)
     gone = np.minimum(np.round(fractions * count).astype(np.int64), count - 1)
     counts = counts_of(count) if fine else np.unique(np.clip(gone, 1, count))
     counts = np.union1d(counts, [count])
     cuts = np.unique(np.concatenate([gone, count - gone, counts, count - counts]))
-    cuts = cuts[cuts < count]  # a step begins at each
+    cuts = cuts[cuts < count]  # a step begins at each of these
     leaves = np.stack([np.searchsorted(cuts, place, side="right") - 1 for place in orders])
     left, has_left = answers_without(subject.network, subject.features, leaves, len(cuts))
     ends = np.append(cuts[1:], count)
@@ -359,7 +359,7 @@ def flipping(subject: BagSubject, orders: Sequence[Rows]) -> list[Flipping]:
 
 
 def counts_of(count: int) -> Rows:
-    """Return numbers of patches from 1 to `count`, each a fifth more than the one before.
+    """Return numbers of patches from 1 to `count`, each larger than the previous one by a fifth.
 
     >>> counts_of(20).tolist()
     [1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 17, 20]
@@ -382,16 +382,16 @@ def srg(most: Floats, least: Floats) -> float:
 
 
 def fewest_that_keep(counts: Rows, says_so: Masks) -> float:
-    """Return the smallest number of most relevant patches from which on the answer is kept.
+    """Return the smallest number of most relevant patches from which on the answer stays the same.
 
-    `says_so` [C] is whether it is with each number of `counts` [C]; the last is the whole bag, whose answer it is.
+    `says_so` [C] says whether it is the same for each number in `counts` [C]; the last is the whole bag itself.
     """
     kept = np.logical_and.accumulate(says_so[::-1])[::-1]
     return float(counts[kept.argmax()]) if kept.any() else float("nan")
 
 
 def fewest_that_change(counts: Rows, says_so: Masks) -> float:
-    """Return the smallest number of most relevant patches whose removal changes the answer; all where none does."""
+    """Return the smallest number of most relevant patches whose removal changes the answer; all if none does."""
     changed = ~says_so[:-1]
     return float(counts[:-1][changed.argmax()]) if changed.any() else float(counts[-1])
 
@@ -405,10 +405,11 @@ def overlap_of_top(first: Floats, second: Floats, count: int, seed: int) -> floa
 def randomised_pairs(
     network: Aggregator, features: Any, draws: int, seed: int
 ) -> Iterator[tuple[Aggregator, Aggregator, Aggregator]]:
-    """Yield the network with random weights, the same with the last layer's sign turned, and with its attention's.
+    """Yield the network with random weights, and the same with the last layer's, and its attention's, sign flipped.
 
-    As `measures.sanity.staying_maps`: what follows the evidence turns in one and stays in the other, and cancels out.
-    Turned attention is None's stand-in, the random network itself, where no layer is that of attention alone.
+    As in `measures.sanity.staying_maps`, what follows the evidence flips in one and stays in the other, and cancels
+    out. If no layer belongs to attention alone, the random network itself takes the place of the one with flipped
+    attention.
     """
     for changed, last in _random_copies(network, features, draws, seed):
         turned, looking = copy.deepcopy(changed), copy.deepcopy(changed)
@@ -419,7 +420,7 @@ def randomised_pairs(
 
 
 def _random_copies(network: Aggregator, features: Any, draws: int, seed: int) -> Iterator[tuple[Aggregator, str]]:
-    """Yield the network with random weights, and the name of its last layer; none of one without weights."""
+    """Yield the network with random weights, and the name of its last layer; nothing for one without weights."""
     names = [name for name, part in network.named_modules() if any(True for _ in part.parameters(recurse=False))]
     if not names:
         return
@@ -432,7 +433,7 @@ def _random_copies(network: Aggregator, features: Any, draws: int, seed: int) ->
 
 
 def _last_layer(network: Aggregator, features: Any, names: Sequence[str]) -> str:
-    """Return the layer that the logits come from: of our own networks the head's, of others the one that runs last."""
+    """Return the layer that produces the logits: in our own networks the head's, in others the one that runs last."""
     if not isinstance(network, Opaque):
         return [name for name in names if name.split(".")[0] == HEAD][-1]
     run = layers_in_order(network, _block(network, features, 0, TRIED_LAYERS))

@@ -1,14 +1,14 @@
-"""What changes of a patch do, small and finite: to maps and answers, and against what the gradient promised.
+"""The effects of small and finite changes of a patch on maps and answers, and compared with the gradient's prediction.
 
-Maps and answers move when patches change as slides do: noise of the camera, strength of the stains, JPEG, and where
-the grid of patches happens to begin.
+Maps and answers change when patches vary as slides do: camera noise, strength of the stains, JPEG, and the origin of
+the patch grid.
 
-A gradient tells of an infinitely small step. Two models may agree in value and gradient on every patch, so that all
-their maps are equal, and part at the next step: one stays on a plateau, the other falls off a cliff. No gradient shows
+A gradient describes an infinitesimal step. Two models may agree in value and gradient on every patch, so that all their
+maps are equal, and diverge at the next step: one stays on a plateau, the other falls off a cliff. No gradient shows
 that; a finite step does.
 
 A probability near 0 or 1 hardly changes, so its gradient is nearly 0 although the evidence is strongest there; that of
-the logit is not. A ReLU that is off passes nothing, also where a little more would switch it on.
+the logit is not. An inactive ReLU passes nothing, even if a little more would activate it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ STEPS = (-1.0, -0.5, -0.25, -0.1, -0.05, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class FiniteSteps:
-    """Steps along (positive) and against the map: promised by the gradient and actual changes, for P patches.
+    """Steps along (positive) and against the map: changes promised by the gradient and actual ones, for P patches.
 
     Attributes:
-        steps: [S] ascending, without 0; -1 is the highest place of the map replaced altogether.
+        steps: [S] ascending, without 0; at -1, the map's highest place is replaced altogether.
         promised: [P, S] change of the explained scalar, step times slope.
         actual: [P, S].
     """
@@ -55,10 +55,10 @@ class FiniteSteps:
 
     @property
     def worth(self) -> Numbers:
-        """(moved - missed) / (moved + missed), [P], of the side (along, against) where it is lower.
+        """(moved - missed) / (moved + missed), [P], for the side (along, against) where it is lower.
 
-        moved is the sum over the side's steps of actual², missed that of (actual - promised)². 1: the promise is kept;
-        0: it is worth as much as promising no change; -1: nothing moves. NaN where nothing was promised either.
+        moved is the sum of actual² over the side's steps, missed that of (actual - promised)². 1: the promise is kept;
+        0: it is worth as much as promising no change; -1: nothing moves. NaN if nothing was promised either.
         """
         return np.fmin(*(self._worth(side) for side in (self.steps > 0, self.steps < 0)))
 
@@ -70,12 +70,12 @@ class FiniteSteps:
 
     @property
     def departure(self) -> Numbers:
-        """[P, S] actual less promised, in logits: below 0 on the far side of a cliff."""
+        """[P, S] actual minus promised, in logits: below 0 on the far side of a cliff."""
         return self.actual - self.promised
 
     @property
     def reach(self) -> Numbers:
-        """[P] the largest step, either way, up to which all steps come nearer to the promise than to no change."""
+        """[P] the largest step, either way, up to which all steps are closer to the promise than to no change."""
         found = np.zeros(len(self.actual))
         kept = np.abs(self.departure) < np.abs(self.actual)
         for size in np.unique(np.abs(self.steps)):
@@ -90,8 +90,8 @@ def finite_steps(
     """Return steps of images [P, 3, H, W] along and against maps [P, h, w].
 
     x(t) = x + t m ⊙ (x - x'), where m is the positive part of the enlarged map over its largest value, and x' is
-    `others`, what is there when nothing is: a blurred patch, a colour. So t = -1 takes away what the map shows, and
-    t = 1 shows it twice as strongly. The promise is t <ds/dx, m ⊙ (x - x')>, from one backward pass of the network.
+    `others`, the picture without content: a blurred patch, a colour. So t = -1 removes what the map shows, and t = 1
+    shows it twice as strongly. The promise is t <ds/dx, m ⊙ (x - x')>, from one backward pass of the network.
     """
     weight = enlarge(maps.float(), (images.shape[2], images.shape[3])).clamp(min=0)[:, None]
     largest = weight.amax(dim=(2, 3), keepdim=True)
@@ -118,8 +118,8 @@ def input_gradient(subject: Subject, images: Tensor, aim: Aim) -> Tensor:
 def infidelity(promised: Numbers, actual: Numbers, normalise: bool = False) -> Numbers:
     """Return mean over R perturbations of (promised - actual)² [P], both changes [P, R] (Yeh 2019, arXiv 1901.09392).
 
-    `promised` is the sum of the map over what is perturbed, times how much; `actual` is the score before less after.
-    Normalised, the map may first be multiplied by the factor that serves it best: for maps that are in no unit.
+    `promised` is the sum of the map over what is perturbed, times how much; `actual` is the score before minus after.
+    If normalised, the map may first be multiplied by the factor that fits it best: for maps without a unit.
     """
     scale = np.ones((len(promised), 1))
     if normalise:
@@ -135,7 +135,7 @@ def hiding_changes(
 ) -> tuple[Numbers, Numbers]:
     """Return (promised, actual) changes [P, R] of hiding each of `masks` bool [R, H, W], for `infidelity`.
 
-    A map of cells promises what lies on the mask of it, each cell in the part that is covered.
+    A map of cells promises the sum of what the mask covers, each cell by the part that is covered.
     """
     cells = torch.stack([enlarge(mask[None].float(), (maps.shape[1], maps.shape[2]))[0] for mask in masks])
     promised = torch.einsum("phw,rhw->pr", maps.cpu().double(), cells.cpu().double())
@@ -146,27 +146,27 @@ def hiding_changes(
 
 
 def completeness_gap(maps: Tensor, whole: Tensor, baseline: Tensor) -> Numbers:
-    """Return sum of maps [P, h, w] less (score of the patch less that of the baseline), [P], in logits; 0 is complete.
+    """Return the sum of maps [P, h, w] minus (score of the patch minus the baseline's), [P], in logits; 0 is complete.
 
-    Integrated Gradients are, but for the rule of their integral (Sundararajan 2017, arXiv 1703.01365); Grad-CAM is with
-    global average pooling and a linear layer, against the bias.
+    Integrated Gradients are complete, apart from numerical integration (Sundararajan 2017, arXiv 1703.01365); so is
+    Grad-CAM with global average pooling and a linear layer, relative to the bias.
     """
     gap: Numbers = (maps.cpu().double().sum(dim=(1, 2)) - (whole - baseline).cpu().double()).numpy()
     return gap
 
 
-# dp/ds = p (1 - p) is then below 1 % of its largest value, 1/4.
+# dp/ds = p (1 - p) is then below 1% of its largest value, 1/4.
 SATURATED = 0.0025
 
 
 @dataclass(frozen=True, eq=False)
 class Saturation:
-    """Saturation of the model on P patches.
+    """The saturation of the model on P patches.
 
     Attributes:
         saturated: [P] 1 where the class's probability is within `SATURATED` of 0 or 1, else 0.
-        gradient_ratio: [P] size of the probability's gradient at the layer over the logit's; NaN where that is 0.
-        silent: [P] 1 where the logit's own gradient is 0 everywhere: no gradient method can show anything.
+        gradient_ratio: [P] size of the probability's gradient at the layer over the logit's; NaN if that is 0.
+        silent: [P] 1 if the logit's own gradient is 0 everywhere: no gradient method can show anything.
         dead: bool [K] channels of the layer that are 0 on all cells of all P patches.
         dead_share: [P] share of the channels that are 0 on all cells of the patch.
     """
@@ -181,10 +181,10 @@ class Saturation:
 def saturation(subject: Subject, images: Tensor, aim: Aim) -> Saturation:
     """Return the model's saturation on images [P, 3, H, W]; the target must be a class.
 
-    Dead channels mean something behind a ReLU only: another activation is 0 nowhere.
+    Dead channels mean something only after a ReLU: other activations are 0 nowhere.
 
     Raises:
-        TargetError: the target is not a class, which alone has a probability.
+        TargetError: the target is not a class; only classes have a probability.
     """
     probability = aim.probability(aim.logits)
     if probability is None:
@@ -212,9 +212,9 @@ def saturation(subject: Subject, images: Tensor, aim: Aim) -> Saturation:
 
 
 def leaky_maps(subject: Subject, images: Tensor, aim: Aim, method: str = "gradcam") -> Tensor:
-    """Return the maps [P, h, w] with a backward that leaks through the ReLUs behind the layer: what they hide.
+    """Return the maps [P, h, w] with a backward pass that leaks through the ReLUs after the layer: what they hide.
 
-    They are the plain maps where no ReLU follows. Predictions are unchanged.
+    They are the plain maps if no ReLU follows. Predictions are unchanged.
 
     Raises:
         LayerError: several layers are explained together.
@@ -252,21 +252,21 @@ Change = Callable[[Rgb, np.random.Generator], Rgb]
 REPEATS = 5
 NOISE_LEVELS = 5.0  # standard deviation in grey levels, of 255
 STAIN_STRENGTH = 0.2
-STAIN_SHIFT = 0.1  # of natural density, in which a nucleus has about 1 and eosin 0.5
+STAIN_SHIFT = 0.1  # in natural density, in which a nucleus has about 1 and eosin 0.5
 JPEG_QUALITY = 50
 
 
 @dataclass(frozen=True, eq=False)
 class Moves:
-    """Effects of a change of P patches, over several repeats; NaN where nothing can be said.
+    """The effects of a change of P patches, over several repeats; NaN if nothing can be said.
 
     Attributes:
         map_change: [P] largest relative change of the map, max |M(x') - M(x)| / |M(x)|, over the repeats in which the
-            prediction stays. NaN where it never stays, or where M(x) is 0.
+            prediction stays the same. NaN if it never does, or if M(x) is 0.
         logit_change: [P] mean absolute change of the explained scalar.
         flips: [P] share of the repeats in which another class is predicted.
-        other_patch: [P] the same relative change, to the map of the patch before it in the same call (of the first, the
-            last): as far as a map can reasonably move. NaN where there is one patch alone.
+        other_patch: [P] the same relative change, to the map of the previous patch in the same call (for the first, the
+            last): as far as a map can reasonably move. NaN if there is only one patch.
     """
 
     map_change: NDArray[np.float64]
@@ -284,13 +284,13 @@ def moves(
     repeats: int = REPEATS,
     seeds: Sequence[int] | None = None,
 ) -> Moves:
-    """Return the effects of `change` on patches uint8 [P, h, w, 3], which `aim` is of; raw maps.
+    """Return the effects of `change` on patches uint8 [P, h, w, 3], to which `aim` belongs; maps are raw.
 
     The largest change over small perturbations is the sensitivity of Yeh 2019 (arXiv 1901.09392).
 
     Args:
-        repeats: of the change, with other random numbers.
-        seeds: one a patch, so that batches change nothing; their numbers unless told.
+        repeats: how often to repeat the change, with different random numbers.
+        seeds: one per patch, so that batches do not matter; by default, their numbers.
     """
     before = subject.maps(subject.images(rgb), aim, method)
     predicted = predicted_classes(aim.logits)
@@ -312,7 +312,7 @@ def moves(
 
 
 def relative_change(before: Tensor, after: Tensor) -> Tensor:
-    """Return |after - before| / |before| [P] of maps [P, h, w], Euclidean; NaN where `before` is 0."""
+    """Return |after - before| / |before| [P] of maps [P, h, w], Euclidean; NaN if `before` is 0."""
     size: Tensor = before.flatten(1).norm(dim=1)
     moved: Tensor = (after - before).flatten(1).norm(dim=1)
     return moved / torch.where(size > 0, size, torch.nan)
@@ -336,7 +336,7 @@ def stain_jitter(patch: Rgb, random: np.random.Generator, strength: float = STAI
 
 
 def jpeg(patch: Rgb, random: np.random.Generator, quality: int = JPEG_QUALITY) -> Rgb:
-    """Return the patch as it comes back from JPEG, of a random quality from `quality` to 95."""
+    """Return the patch after JPEG compression, with a random quality from `quality` to 95."""
     file = io.BytesIO()
     Image.fromarray(patch).save(file, "JPEG", quality=int(random.integers(quality, 96)))
     return np.asarray(Image.open(file))
@@ -346,7 +346,7 @@ CHANGE_FUNCTIONS: Mapping[str, Change] = {"noise": noise, "stain": stain_jitter,
 
 
 def as_strong_noise(change: Change) -> Change:
-    """Return noise that moves pixels as far as `change` does (root mean square), as a control."""
+    """Return noise that changes pixels as much as `change` does (root mean square), as a control."""
 
     def control(patch: Rgb, random: np.random.Generator) -> Rgb:
         moved = change(patch, random).astype(np.float64) - patch
@@ -358,14 +358,14 @@ def as_strong_noise(change: Change) -> Change:
 def shift_change(
     subject: Subject, rgb: Rgb, target_of: Callable[[Tensor], Aim], offset: tuple[int, int], method: str = "gradcam"
 ) -> NDArray[np.float64]:
-    """Return the relative change [P] of the map where the grid of patches begins `offset` (y, x) pixels later.
+    """Return the relative change [P] of the map if the patch grid begins `offset` (y, x) pixels later.
 
     Args:
         rgb: patches with a margin at the bottom and the right, uint8 [P, patch + margin, patch + margin, 3].
-        target_of: images -> aim, such as `partial(subject.aim, target=...)`; of the unshifted patches.
+        target_of: images -> aim, such as `partial(subject.aim, target=...)`; called for the unshifted patches.
         offset: not negative, at most the margin, in pixels of the patch.
 
-    Maps are compared where both patches are, at the size of the image.
+    Maps are compared where both patches overlap, at the size of the image.
     """
     height, width = subject.model.patch_px
     y, x = offset

@@ -1,7 +1,7 @@
-"""Faithfulness: how the answer changes as pixels of a patch, or patches of a slide, are taken away.
+"""Faithfulness: how the answer changes as pixels of a patch, or patches of a slide, are removed.
 
-In the place of hidden pixels stands a colour, a blurred patch, or what their neighbours say, by the equations of
-ROAD's imputation, solved exactly.
+Hidden pixels are replaced by a colour, a blurred patch, or values from their neighbours, by the equations of ROAD's
+imputation, solved exactly.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ from torch.nn import functional as F
 
 from wsi_gradcam.audit.measures.subject import Aim, Subject, enlarge
 
-# Of a pixel's neighbours, by their (y, x) offsets.
+# Weights of a pixel's neighbours, by their (y, x) offsets.
 WEIGHTS = {(y, x): 1 / 6 if 0 in (y, x) else 1 / 12 for y in (-1, 0, 1) for x in (-1, 0, 1) if (y, x) != (0, 0)}
 
 
 def impute(images: Tensor, hidden: Tensor) -> Tensor:
-    """Return images [B, C, H, W] with `hidden` bool [B, H, W] pixels the weighted mean of their eight neighbours.
+    """Return images [B, C, H, W] whose `hidden` bool [B, H, W] pixels are the weighted mean of their neighbours.
 
-    Weights are 1/6 for the sides and 1/12 for diagonals, made to sum to 1 at borders (Rong 2022, arXiv 2202.00449).
-    Where all is hidden, there is nothing to impute from, and it becomes the image's mean colour.
+    Weights of the eight neighbours are 1/6 for the sides and 1/12 for the diagonals, made to sum to 1 at borders (Rong
+    2022, arXiv 2202.00449). If everything is hidden, there is nothing to impute from, and the image's mean colour is
+    used.
 
-    At 224 px it takes 0.02 to 0.2 s an image, more where more is hidden: several forward passes of a ResNet-18.
+    At 224 px it takes 0.02 to 0.2 s per image, more if more is hidden: several forward passes of a ResNet-18.
     """
     filled = images.clone()
     for image, mask in zip(filled, hidden, strict=True):
@@ -59,8 +60,8 @@ def _solved(known: NDArray[np.float64], hidden: NDArray[np.bool_]) -> NDArray[np
         entries.append((at[unknown], number[ny[unknown], nx[unknown]], np.full(int(unknown.sum()), -weight)))
     rows, columns, values = (np.concatenate(parts) for parts in zip(*entries, (own, own, total), strict=True))
     system = sparse.csc_matrix((values, (rows, columns)), shape=(len(y), len(y)))
-    # Symmetric and positive, so pivots may stay on the diagonal: half the time of an order for any matrix. Conjugate
-    # gradients with a multigrid cycle were no faster to the same 1e-7.
+    # Symmetric and positive, so pivots can stay on the diagonal: half the time of an ordering for general matrices.
+    # Conjugate gradients with a multigrid cycle were no faster to the same 1e-7.
     factors = splu(system, permc_spec="MMD_AT_PLUS_A", diag_pivot_thresh=0.0, options={"SymmetricMode": True})
     solved: NDArray[np.float64] = np.asarray(factors.solve(right)).T
     return np.ascontiguousarray(solved)
@@ -69,15 +70,15 @@ def _solved(known: NDArray[np.float64], hidden: NDArray[np.bool_]) -> NDArray[np
 Replace = Callable[[Tensor, Tensor], Tensor]
 """(rows int64 [B], hidden bool [B, H, W]) -> images [B, 3, H, W]: the patches `rows` with what is hidden replaced."""
 
-STEPS = 28  # of the curves, unless other fractions are given
-BLUR_PX, BLUR_SIGMA_PX, BLUR_SIDE_PX = 11, 5.0, 224  # as the authors of deletion and insertion do at 224 px
+STEPS = 28  # steps of the curves, unless other fractions are given
+BLUR_PX, BLUR_SIGMA_PX, BLUR_SIDE_PX = 11, 5.0, 224  # as used by the authors of deletion and insertion at 224 px
 
 
 def removal_ranks(maps: Tensor, size: tuple[int, int], seed: int) -> Tensor:
     """Return the rank of each pixel in its map enlarged to `size`, int32 [P, H, W], 0 for the most relevant.
 
-    Signed maps are ranked as they are. Ties are broken at random: where most of a map is 0, the order in which it is
-    stored would else decide the score (one map scored 0.37, 0.50 or 0.63 by tie order alone).
+    Signed maps are ranked as they are. Ties are broken at random: if most of a map is 0, the storage order would
+    otherwise decide the score (one map scored 0.37, 0.50 or 0.63 depending on the order of ties alone).
     """
     values = enlarge(maps.float(), size).flatten(1)
     shuffled = torch.randperm(values.shape[1], generator=torch.Generator().manual_seed(seed)).to(values.device)
@@ -92,7 +93,7 @@ def replace_by(images: Tensor, others: Tensor) -> Replace:
 
     def replace(rows: Tensor, hidden: Tensor) -> Tensor:
         made = images.new_empty(len(rows), *images.shape[1:])
-        for row, part in runs(rows):  # a gathered copy of each patch would double what is moved
+        for row, part in runs(rows):  # a gathered copy of each patch would double the memory traffic
             torch.where(hidden[part, None], others[row], images[row], out=made[part])
         return made
 
@@ -100,9 +101,9 @@ def replace_by(images: Tensor, others: Tensor) -> Replace:
 
 
 def blurred(images: Tensor) -> Tensor:
-    """Return images [P, 3, H, W] blurred by a Gaussian of 5 px, cut off at 11 px, where they have 224 px a side.
+    """Return images [P, 3, H, W] blurred by a Gaussian of 5 px, cut off at 11 px, for 224 px a side.
 
-    At other sizes in proportion. Borders are mirrored, so that they do not darken.
+    At other sizes, the Gaussian is in proportion. Borders are mirrored, so that they do not darken.
     """
     scale = min(images.shape[2:]) / BLUR_SIDE_PX
     half = max(1, round(BLUR_PX // 2 * scale))
@@ -119,11 +120,11 @@ def mean_colour(images: Tensor) -> Tensor:
 
 
 def replace_by_neighbours(images: Tensor, noise: Tensor | float = 0.0, seed: int = 0) -> Replace:
-    """Return noisy linear imputation: each hidden pixel is the weighted mean of its eight neighbours, hidden ones too.
+    """Return noisy linear imputation: hidden pixels are weighted means of their eight neighbours, hidden ones too.
 
-    As ROAD does (Rong 2022, arXiv 2202.00449), see the module. That the weights sum to 1 makes it
-    the same before normalisation and after. `noise` is the standard deviation of the Gaussian that is added, for each
-    colour [3, 1, 1] of a normalised image: the authors' 0.01 in 0..1 is 0.01 / std. Every patch gets the same noise.
+    This is what ROAD does (Rong 2022, arXiv 2202.00449), see the module. Because the weights sum to 1, it is the same
+    before and after normalisation. `noise` is the standard deviation of the Gaussian that is added, for each colour [3,
+    1, 1] of a normalised image: the authors' 0.01 in 0..1 is 0.01 / std. Every patch gets the same noise.
     """
     generator = torch.Generator().manual_seed(seed)
     grain = torch.randn(images.shape[1:], generator=generator).to(images) * noise
@@ -135,7 +136,7 @@ def replace_by_neighbours(images: Tensor, noise: Tensor | float = 0.0, seed: int
 
 
 def runs(rows: Tensor) -> Iterator[tuple[int, slice]]:
-    """Return (row, the slice of places where it stands) for each run of equal `rows` [B].
+    """Return (row, the slice of its positions) for each run of equal `rows` [B].
 
     >>> list(runs(torch.tensor([4, 4, 2])))
     [(4, slice(0, 2, None)), (2, slice(2, 3, None))]
@@ -158,8 +159,8 @@ def removal_curves(
 ) -> dict[str, Curves]:
     """Return the curves of each of `maps` ([P, h, w] by name: methods and controls) for images [P, 3, H, W].
 
-    The whole patch and the one that is replaced altogether are the same for all maps, both ways, and asked once.
-    With M maps and S steps a patch costs 2 M (S - 1) + 1 forward passes, and the one that `aim` already had.
+    The whole patch and the fully replaced one are the same for all maps and both ways, and are evaluated once. With M
+    maps and S steps, a patch costs 2 M (S - 1) + 1 forward passes, plus the one that `aim` already had.
 
     Args:
         replace: what is put in place of pixels.
@@ -188,7 +189,7 @@ def removal_curves(
 
 
 def _ends(counts: list[int], pixels: int, whole: Tensor, empty: Tensor) -> Tensor:
-    """Return answers [P, 2, Q, K] of deletion and insertion that are known: nothing hidden, and everything."""
+    """Return the known answers [P, 2, Q, K] of deletion and insertion: with nothing hidden, and with everything."""
     answers = whole.new_full((len(whole), 2, len(counts), whole.shape[1]), torch.nan)
     for i, count in enumerate(counts):
         if count in (0, pixels):
@@ -199,7 +200,7 @@ def _ends(counts: list[int], pixels: int, whole: Tensor, empty: Tensor) -> Tenso
 def _answers(subject: Subject, replace: Replace, ranks: Tensor, counts: list[int]) -> Tensor:
     """Return logits [P, 2, Q, K] with the top of `ranks` [P, H, W] replaced, and with all but the top, for Q counts.
 
-    Both ways of all patches fill the batches together, patch by patch, so that few of them are smaller.
+    Both ways of all patches fill the batches together, patch by patch, so that few batches are smaller.
     """
     patches = len(ranks)
     rows = torch.arange(patches, device=ranks.device).repeat_interleave(2 * len(counts))
@@ -218,7 +219,7 @@ def _answers(subject: Subject, replace: Replace, ranks: Tensor, counts: list[int
 
 
 def answers_without(subject: Subject, replace: Replace, hidden: Tensor) -> Tensor:
-    """Return logits [P, K] of the patches with what is `hidden`, bool [P, H, W], replaced."""
+    """Return logits [P, K] of the patches with `hidden` pixels, bool [P, H, W], replaced."""
     rows = torch.arange(len(hidden), device=hidden.device)
     parts = zip(torch.split(rows, subject.batch_size), torch.split(hidden, subject.batch_size), strict=True)
     return torch.cat([subject.program.predict(replace(some, mask)).detach() for some, mask in parts])
@@ -229,11 +230,11 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Curves:
-    """Answers to N patches as pixels go and come; NaN for a patch whose map is not finite.
+    """Answers to N patches as pixels are removed and restored; NaN for a patch whose map is not finite.
 
     Attributes:
         deletion, insertion: [N, Q] explained scalar (a logit), by the share of the pixels deleted, or inserted.
-        deletion_probability, insertion_probability: [N, Q]; None where no class is explained.
+        deletion_probability, insertion_probability: [N, Q]; None if no class is explained.
     """
 
     deletion: Floats
@@ -242,14 +243,14 @@ class Curves:
     insertion_probability: Floats | None = None
 
     def score(self, fractions: Sequence[float]) -> Floats:
-        """Return half of insertion less deletion, [N], in logits: what the order of the map is worth; 0 for chance.
+        """Return half of insertion minus deletion, [N], in logits: the value of the map's order; 0 for chance.
 
         `fractions` [Q] are where the curves were measured, ascending.
         """
         return (mean_height(self.insertion, fractions) - mean_height(self.deletion, fractions)) / 2
 
     def probability_score(self, fractions: Sequence[float]) -> Floats | None:
-        """Return the same in probability; None where no class is explained."""
+        """Return the same in probability; None if no class is explained."""
         if self.deletion_probability is None or self.insertion_probability is None:
             return None
         kept, gone = (mean_height(part, fractions) for part in (self.insertion_probability, self.deletion_probability))
@@ -257,7 +258,7 @@ class Curves:
 
     @property
     def road(self) -> Floats:
-        """Half of the mean of (least relevant first less most relevant first) over the fractions, [N], in logits.
+        """Return half of the mean of (least minus most relevant first) over the fractions, [N], in logits.
 
         The score of the ROAD paper; the fractions must be the same from both ends.
         """
@@ -280,19 +281,19 @@ def slide_removal(
     random_orders: int = 20,
     seed: int = 0,
 ) -> dict[str, Floats]:
-    """Return a slide's score as its patches are taken away, [Q]: `most` relevant first, `least` first, at `random`.
+    """Return a slide's score as its patches are removed, [Q]: `most` relevant first, `least` first, at `random`.
 
-    Patches are answered one by one, so none has to be asked again. Where the map is that of a linear head behind
-    global average pooling, a patch's mean relevance *is* its logit less the bias, and most relevant first is most
-    probable first by construction: there it tests the slide's score, not the map.
+    The model answers patch by patch, so it need not be run again. If the map is that of a linear head after global
+    average pooling, a patch's mean relevance *is* its logit minus the bias, and most relevant first is most probable
+    first by construction: in that case, this tests the slide's score, not the map.
 
     Args:
         relevance: [N] of the patches, such as the mean of each one's map.
         scores: [N] of the patches, such as probabilities.
-        slide_score: scores of the patches that are left -> score of the slide.
-        fractions: [Q] of the patches that are taken away, below 1.
+        slide_score: scores of the remaining patches -> score of the slide.
+        fractions: [Q] of the patches that are removed, below 1.
         random_orders: how many are averaged.
-        seed: of ties and of the random orders.
+        seed: for ties and for the random orders.
     """
     generator = np.random.default_rng(seed)
     shuffled = generator.permutation(len(scores))

@@ -1,15 +1,16 @@
-"""Sanity: does a map change when what the model has learned is taken away, and has it learned anything?
+"""Sanity: does a map change if what the model has learned is taken away, and has it learned anything?
 
-Weights are made random layer by layer, in the order in which layers run (Adebayo 2018, arXiv 1810.03292), and the map
-of the same class is compared with the first. It shows failure; it cannot rank methods (Binder 2022, arXiv 2211.12486).
+Weights are randomised layer by layer, in the order in which layers run (Adebayo 2018, arXiv 1810.03292), and the map of
+the same class is compared with the original. This reveals failure; it cannot rank methods (Binder 2022, arXiv
+2211.12486).
 
-The model's answers are compared with those of random copies. Weights that were learned work together, so that the
-evidence of different patches differs by far more than with random weights of the same size. A model that was never
-trained, whose weights did not load, or that knows nothing of such pictures is one more random copy.
+The model's answers are compared with those of random copies. Learned weights work together, so that the evidence of
+different patches differs far more than with random weights of the same size. A model that was never trained, whose
+weights did not load, or that knows nothing about such pictures is just another random copy.
 
-How alike two maps of a patch are is measured at the grid of the CAM itself. Enlarged maps are alike because they are
-smooth: independent ones of 7 x 7 cells have an SSIM of 0.31 to 0.61 at 224 px. A constant map is like nothing: rank
-correlation is not defined, and SSIM of two of them is 1. It gives NaN here, and is counted apart.
+The similarity of two maps of a patch is measured on the grid of the CAM itself. Enlarged maps are similar because they
+are smooth: independent ones of 7 x 7 cells have an SSIM of 0.31 to 0.61 at 224 px. A constant map resembles nothing:
+its rank correlation is not defined, and the SSIM of two of them is 1. It gives NaN here, and is counted separately.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ ORDERS: tuple[Order, ...] = ("top_down", "bottom_up", "independent")
 STAGES = 8
 ENCODED_AT_ONCE = 8
 DRAWS = 12  # pairs of networks with random weights: one may look at the same things by chance
-BINS = 100  # of a map's histogram, as in 2401.06465
+BINS = 100  # bins of a map's histogram, as in 2401.06465
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,12 +46,12 @@ class Stage:
     """Likeness of the maps of P patches to those of the trained model, with some layers random.
 
     Attributes:
-        layers: that became random in this stage.
-        random_share: of all layers with weights that are random now.
-        likeness: [P] by the names of `LIKENESS`; NaN where a map is constant.
+        layers: the layers that became random in this stage.
+        random_share: share of all layers with weights that are random now.
+        likeness: [P] by the names in `LIKENESS`; NaN if a map is constant.
         resembles: 1 or 0 [P], see `resembles`.
         constant: whether the map is constant now, bool [P].
-        complexity: [P] relative rise of the map's entropy, see `complexity_rise`.
+        complexity: [P] relative increase of the map's entropy, see `complexity_rise`.
     """
 
     layers: tuple[str, ...]
@@ -71,12 +72,12 @@ def randomisation(
     samples: int = 1,
     seed: int = 0,
 ) -> list[Stage]:
-    """Return the stages for images [P, 3, H, W]: the untouched model is none of them.
+    """Return the stages for images [P, 3, H, W]; the untouched model is not one of them.
 
     Args:
-        order: `top_down`: from the head on, and what was random stays; `bottom_up`: from the first layer on;
-            `independent`: each stage alone.
-        stages: at most; layers that run one after the other share a stage.
+        order: `top_down`: from the head on, and what was random stays random; `bottom_up`: from the first layer on;
+            `independent`: each stage on its own.
+        stages: at most this many; layers that run one after another share a stage.
         samples: 1, or the number of noisy copies of an image whose maps are averaged first (smooth MPRT, Hedstroem
             2024, arXiv 2401.06465), so that the noise of gradients is not taken for a change.
         seed: of the new weights and of the noise.
@@ -104,13 +105,12 @@ def randomisation(
 def staying_maps(
     subject: Subject, images: Tensor, aim: Aim, method: str = "gradcam", draws: int = DRAWS, seed: int = 0
 ) -> NDArray[np.float64]:
-    """Return the maps that stay when all weights are random, less those that turn, [draws, P], -1 to 1.
+    """Return the maps that stay when all weights are random, minus those that flip, [draws, P], -1 to 1.
 
-    A draw is a pair of random networks, equal but for the sign of the last layer, which is as probable. What a map owes
-    to the place of things in the picture stays in both; what follows the evidence stays in one and turns in the other,
-    and is 0 in their mean, however alike two random networks may be by chance. NaN where a map is constant.
-
-    The maps of a draw are alike: the unit of what follows from them is the draw.
+    A draw is a pair of random networks that differ only in the sign of the last layer, and are equally probable. What a
+    map owes to the position of things in the picture stays in both; what follows the evidence stays in one and flips in
+    the other, and their mean is 0, however similar two random networks may be by chance. NaN if a map is constant. The
+    maps of a draw are alike, so the draw is the unit of what follows from them.
     """
     grid = _grid(subject)
     before = _maps(subject, images, aim, method, grid, 1, seed)
@@ -125,7 +125,7 @@ def staying_maps(
 
 
 def random_copies(subject: Subject, images: Tensor, draws: int = DRAWS, seed: int = 0) -> Iterator[Subject]:
-    """Yield the subject with all its weights random, `draws` times; the `images` only show the layers."""
+    """Yield the subject with all its weights random, `draws` times; the `images` only serve to find the layers."""
     module = subject.program.module
     names = layers_in_order(module, images[:1])
     for draw in range(draws):
@@ -143,7 +143,7 @@ def _turn(module: nn.Module, name: str) -> None:
 
 @torch.no_grad()
 def layers_in_order(module: nn.Module, images: Tensor) -> list[str]:
-    """Return the names of the modules that hold weights of their own, in the order in which they first run."""
+    """Return the names of the modules that have weights of their own, in the order in which they first run."""
     holders = {name: part for name, part in module.named_modules() if any(True for _ in part.parameters(recurse=False))}
     names: list[str] = []
 
@@ -165,7 +165,7 @@ def layers_in_order(module: nn.Module, images: Tensor) -> list[str]:
 def randomise(module: nn.Module, seed: int) -> None:
     """Give a module's own parameters new values of the same size, in place.
 
-    Weights of two axes or more: Gaussian, of mean 0 and of the root mean square that they had, so that activations
+    Weights with two or more axes become Gaussian, with mean 0 and their previous root mean square, so that activations
     neither die nor explode. Vectors (biases, scales) are shuffled. Buffers stay.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -180,10 +180,10 @@ def randomise(module: nn.Module, seed: int) -> None:
 
 
 def complexity_rise(before: NDArray[np.float32], after: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Return (H(after) - H(before)) / H(before) [P], H the entropy of a map's histogram.
+    """Return (H(after) - H(before)) / H(before) [P], where H is the entropy of a map's histogram.
 
     Efficient MPRT (Hedstroem 2024, arXiv 2401.06465): a map that depends on the model becomes more complex when the
-    model is random. NaN where H(before) is 0.
+    model is random. NaN if H(before) is 0.
     """
     first, second = (np.array([_entropy(map_) for map_ in maps]) for maps in (before, after))
     rise: NDArray[np.float64] = np.divide(second - first, first, out=np.full(len(first), np.nan), where=first > 0)
@@ -193,7 +193,7 @@ def complexity_rise(before: NDArray[np.float32], after: NDArray[np.float32]) -> 
 def _entropy(map_: NDArray[np.float32]) -> float:
     if not np.isfinite(map_).all():
         return float("nan")
-    if np.ptp(map_) <= BINS * np.spacing(np.abs(map_).max()):  # too narrow to be divided: one value but for rounding
+    if np.ptp(map_) <= BINS * np.spacing(np.abs(map_).max()):  # too narrow to be divided: a single value up to rounding
         return 0.0
     counts, _ = np.histogram(map_, bins=BINS)
     shares = counts[counts > 0] / counts.sum()
@@ -242,11 +242,11 @@ def _at(maps: Tensor, grid: tuple[int, int]) -> NDArray[np.float32]:
     return found
 
 
-RANDOM_COPIES = 49  # of which none may differ as much: a false praise in 50
+RANDOM_COPIES = 49  # copies, none of which may differ as much: a false pass in 50
 
 
 def random_answers(subject: Subject, images: Tensor, draws: int = RANDOM_COPIES, seed: int = 0) -> Tensor:
-    """Return logits [draws, P, K] of images [P, 3, H, W] with all weights random; those of batches may be joined."""
+    """Return logits [draws, P, K] of images [P, 3, H, W] with all weights random; those of batches can be joined."""
     return torch.stack([copy.answers(images) for copy in random_copies(subject, images, draws, seed)])
 
 
@@ -258,7 +258,7 @@ SSIM_PX, HOG_CELLS, HOG_ANGLES = 3, 3, 9
 
 
 def is_constant(maps: Maps) -> NDArray[np.bool_]:
-    """Return the maps of [P, h, w] that have one value alone, but for rounding, or are not finite, bool [P]."""
+    """Return which maps [P, h, w] have only one value, up to rounding, or are not finite, bool [P]."""
     flat = maps.reshape(len(maps), -1)
     with np.errstate(invalid="ignore"):
         spread, size = np.ptp(flat, axis=1), np.abs(flat).max(axis=1)
@@ -267,7 +267,7 @@ def is_constant(maps: Maps) -> NDArray[np.bool_]:
 
 
 def spearman(first: Maps, second: Maps) -> Numbers:
-    """Return the rank correlation [P] of maps [P, h, w], ties at their mean rank; NaN where one is constant."""
+    """Return the rank correlation [P] of maps [P, h, w], with ties at their mean rank; NaN if one is constant."""
     a, b = _ranks(first), _ranks(second)
     return np.where(is_constant(first) | is_constant(second), np.nan, _correlation(a, b))
 
@@ -278,7 +278,7 @@ def spearman_absolute(first: Maps, second: Maps) -> Numbers:
 
 
 def ssim(first: Maps, second: Maps) -> Numbers:
-    """Return structural similarity [P] (Wang 2004), windows of 3 x 3 cells, of maps divided by their largest size."""
+    """Return the SSIM [P] (Wang 2004), in windows of 3 x 3 cells, of maps scaled by their largest value."""
     constant = is_constant(first) | is_constant(second)
     found = np.full(len(first), np.nan)
     for i in np.flatnonzero(~constant).tolist():
@@ -306,17 +306,17 @@ LIKENESS: dict[str, Callable[[Maps, Maps], Numbers]] = {
 
 
 def resembles(first: Maps, second: Maps, seed: int = 0) -> Numbers:
-    """Return 1 where `second` is more like `first` than 95 % of its cells' permutations, else 0 [P]; NaN if constant.
+    """Return 1 if `second` is more like `first` than 95% of permutations of its cells, else 0 [P]; NaN if constant.
 
-    By `spearman`, with its sign: the opposite map is another map. Of maps that have nothing to do with each other 5 %
-    resemble where cells are independent, and more where they are smooth.
+    This uses `spearman`, with its sign: the opposite map is another map. Of unrelated maps, 5% resemble each other if
+    cells are independent, and more if they are smooth.
     """
     found = stays_or_turns(first, second, seed)
     return np.where(np.isnan(found), np.nan, (found > 0).astype(np.float64))
 
 
 def stays_or_turns(first: Maps, second: Maps, seed: int = 0) -> Numbers:
-    """Return 1 where `second` resembles `first`, -1 where its opposite does, else 0 [P]; NaN if constant."""
+    """Return 1 if `second` resembles `first`, -1 if its opposite does, else 0 [P]; NaN if constant."""
     a, b = _ranks(first), _ranks(second)
     observed = _correlation(a, b)
     random = np.random.default_rng(seed)
@@ -350,7 +350,7 @@ def _hog(map_: NDArray[np.float32]) -> Numbers:
 
 
 def rank_likeness(first: Numbers, second: Numbers) -> float:
-    """Return the rank correlation of two relevances [N]; NaN where one is constant, or of fewer than 3 patches."""
+    """Return the rank correlation of two relevances [N]; NaN if one is constant, or has fewer than 3 patches."""
     known = np.isfinite(first) & np.isfinite(second)
     if known.sum() < 3:
         return float("nan")
@@ -359,7 +359,7 @@ def rank_likeness(first: Numbers, second: Numbers) -> float:
 
 
 def _ranked(values: Numbers) -> Numbers:
-    """Return average ranks, NaN where there is no number; float32 holds them, but not all differences of values."""
+    """Return average ranks, NaN for NaN; float32 can represent them, but not all differences of values."""
     ranks = np.full(len(values), np.nan)
     known = np.isfinite(values)
     ranks[known] = rankdata(values[known])
@@ -367,10 +367,10 @@ def _ranked(values: Numbers) -> Numbers:
 
 
 def stays(first: Numbers, second: Numbers) -> float:
-    """Return 1 where a relevance [N] resembles the first, -1 where its opposite does, else 0; NaN if one is constant.
+    """Return 1 if a relevance [N] resembles the first, -1 if its opposite does, else 0; NaN if one is constant.
 
-    It does where their rank correlation is larger than that of 95 % of all permutations, whose standard deviation is
-    1 / sqrt(N - 1).
+    It does if their rank correlation is larger than that of 95% of all permutations, whose standard deviation is 1 /
+    sqrt(N - 1).
     """
     found = rank_likeness(first, second) * np.sqrt(len(first) - 1)
     return float("nan") if np.isnan(found) else float(np.sign(found) * (abs(found) > norm.ppf(RESEMBLING)))
@@ -385,13 +385,13 @@ def encoder_stays(
     draws: int = DRAWS,
     seed: int = 0,
 ) -> dict[str, list[float]]:
-    """Return whether relevances stay, see `stays`, with random weights of the encoder of patches, [draws] by method.
+    """Return whether relevances stay, see `stays`, with random weights in the patch encoder, [draws] by method.
 
     Args:
         module: the encoder.
-        images: [P, 3, H, W] of a slide's patches.
-        relevance: the relevance [P] of a bag of feature vectors [P, D], by method.
-        before: of those that the encoder itself makes.
+        images: [P, 3, H, W], a slide's patches.
+        relevance: returns the relevance [P] of a bag of feature vectors [P, D], by method.
+        before: the relevance of those that the encoder itself makes.
     """
     names = layers_in_order(module, images[:1])
     found: dict[str, list[float]] = {name: [] for name in before}

@@ -1,13 +1,13 @@
-"""Shortcuts: does the answer hang on ink, glass, blur, folds or borders?
+"""Shortcuts: does the answer depend on ink, glass, blur, folds or borders?
 
-Attribution on such a region is a correlation. Hiding it is an experiment: the answer must change more than when as much
+Attribution on such a region is a correlation. Hiding it is an experiment: the answer must change more than if as much
 is hidden elsewhere.
 
 `suspects` finds such regions. Colours are judged at the resolution at which the rules were measured, about 8 um per
-pixel; edges of masks are as coarse. Rulers, folds and other things are given as masks by who knows of them. Folds are
-not looked for: what is published compares saturation and intensity with the rest of a whole slide (Kothari 2013,
-10.4103/2153-3539.117448; it finds half of them). Within a patch, with a threshold that 1 in 100 pixels of flat tissue
-reaches, less than a fifth of doubled tissue was found, and none of another laboratory's.
+pixel; edges of masks are as coarse. Rulers, folds and other things are given as masks by people who know about them.
+Folds are not searched for: the published rule compares saturation and intensity with the rest of a whole slide (Kothari
+2013, 10.4103/2153-3539.117448; it finds half of them). Within a patch, with a threshold that 1 in 100 pixels of flat
+tissue reaches, less than a fifth of doubled tissue was found, and none of another laboratory's.
 """
 
 from __future__ import annotations
@@ -34,17 +34,18 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.measures.bags import BagSubject
 
 CONTROLS = 8
-PLACES = 8  # tried for each
-TOUCHING = 1.5  # sides of a patch that the corners of neighbours are apart at most, over the corner too
-GLASS_GRAIN = 2.0  # grey levels of noise on pure glass
+PLACES = 8  # places that are tried for each
+TOUCHING = 1.5  # at most this many sides of a patch lie between the corners of neighbours, diagonal ones included
+GLASS_GRAIN = 2.0  # noise on pure glass, in grey levels
 
-WINDOWS = 4  # a side: what is blurred is told for windows of a quarter of the patch
+WINDOWS = 4  # per side: blur is judged in windows of a quarter of the patch
 SMALLEST_WINDOW_PX = 24
-# Of windows of 56 px of sharp tissue (four sources, two magnifications) at most 0.1 % are above; of those blurred by a
-# Gaussian of 3 px 9 in 10 are, of 2 px about half. Nearly flat windows tell nothing, and count as sharp.
+# At most 0.1% of windows of 56 px of sharp tissue (four sources, two magnifications) are above this; of those blurred
+# by a Gaussian of 3 px, 9 in 10 are, and about half of those blurred by 2 px. Nearly flat windows tell nothing, and
+# count as sharp.
 BLURRED = 0.45
-BORDER_SHARE = 1 / 14  # of the side: half a cell of 7 x 7
-SMALLEST_PEN_PX, PEN_EDGE_PX = 4, 2  # of 8 um: farther from the stroke, tissue beside it would be taken for its edge
+BORDER_SHARE = 1 / 14  # share of the side: half a cell of 7 x 7
+SMALLEST_PEN_PX, PEN_EDGE_PX = 4, 2  # pixels of 8 um: further away, tissue beside a stroke would be taken for its edge
 
 Rgb = NDArray[np.uint8]
 Masks = NDArray[np.bool_]
@@ -53,13 +54,13 @@ Numbers = NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Masking:
-    """Effects of hiding a region of P patches; NaN for a patch without it, or with nothing else.
+    """The effects of hiding a region in P patches; NaN for a patch without the region, or with nothing else.
 
     Attributes:
-        change: [P] explained scalar without the region less with it.
+        change: [P] explained scalar without the region minus with it.
         control_changes: [P, C] the same for equal areas elsewhere.
-        flips: [P] 1 where another class is predicted without the region, else 0.
-        control_flips: [P] share of the equal areas of which the same is true.
+        flips: [P] 1 if another class is predicted without the region, else 0.
+        control_flips: [P] share of the equal areas for which the same is true.
     """
 
     change: Numbers
@@ -69,12 +70,12 @@ class Masking:
 
     @property
     def size(self) -> Numbers:
-        """[P] absolute change."""
+        """The absolute change, [P]."""
         return np.abs(self.change)
 
     @property
     def control_size(self) -> Numbers:
-        """[P] mean absolute change of equal areas."""
+        """The mean absolute change for equal areas, [P]."""
         size: Numbers = np.abs(self.control_changes).mean(axis=1)
         return size
 
@@ -82,9 +83,9 @@ class Masking:
 def masking(
     subject: Subject, images: Tensor, aim: Aim, masks: Masks, replace: Replace, controls: int = CONTROLS, seed: int = 0
 ) -> Masking:
-    """Return the effects of hiding `masks` bool [P, H, W] of images [P, 3, H, W], against equal areas elsewhere.
+    """Return the effects of hiding `masks` bool [P, H, W] in images [P, 3, H, W], against equal areas elsewhere.
 
-    The control of a mask is the mask itself, elsewhere in the patch: of the same area and shape, see `moved_masks`.
+    The control for a mask is the mask itself, elsewhere in the patch, with the same area and shape: see `moved_masks`.
 
     Args:
         replace: what is put in place of hidden pixels, see `wsi_gradcam.audit.measures.removal`.
@@ -101,11 +102,11 @@ def masking(
 
 
 def moved_masks(masks: Masks, controls: int, seed: int = 0) -> Masks:
-    """Return masks [C, P, H, W] moved within the patch; to that random place where each overlaps least with itself.
+    """Return masks [C, P, H, W] moved within the patch, each to the random place where it overlaps least with itself.
 
-    Cut by the border and wound round it, a mask would hide less of the middle than the whole one does. Only
-    where it is longer than half of the patch does it go round, as else it could hardly move. What is drawn is the same
-    for all patches, so that batches change nothing.
+    If it were wrapped around the border, a mask would hide less of the middle than the original does. It is wrapped
+    only if it is longer than half of the patch, because otherwise it could hardly move. The random numbers are the same
+    for all patches, so that batches do not matter.
     """
     places = np.random.default_rng(seed).random((controls, PLACES, 2))
     moved: Masks = np.array([[_moved(mask, some) for mask in masks] for some in places])
@@ -113,7 +114,7 @@ def moved_masks(masks: Masks, controls: int, seed: int = 0) -> Masks:
 
 
 def _moved(mask: Masks, places: Numbers) -> Masks:
-    """Return a mask [H, W] at that of `places` [n, 2], 0 to 1 along what is free, where it overlaps itself least."""
+    """Return a mask [H, W] at the one of `places` [n, 2], 0 to 1 of the free way, where it overlaps itself least."""
     if not mask.any():
         return mask
     ways = np.stack([_ways(np.nonzero(mask)[i], mask.shape[i], places[:, i]) for i in (0, 1)], axis=1)
@@ -122,7 +123,7 @@ def _moved(mask: Masks, places: Numbers) -> Masks:
 
 
 def _ways(inside: NDArray[np.int64], size: int, places: Numbers) -> NDArray[np.int64]:
-    """Return distances to move along an axis of `size` pixels, of which the mask is on those `inside`."""
+    """Return distances to move along an axis of `size` pixels, where the mask covers those `inside`."""
     first = int(inside.min())
     length = int(inside.max()) + 1 - first
     ways = places * size if 2 * length > size else np.floor(places * (size - length + 1)) - first
@@ -130,9 +131,9 @@ def _ways(inside: NDArray[np.int64], size: int, places: Numbers) -> NDArray[np.i
 
 
 def mass_on(maps: NDArray[np.float32], masks: Masks) -> tuple[Numbers, Numbers]:
-    """Return (share of the positive attribution of maps [P, h, w] on masks [P, H, W], of the area), [P] each.
+    """Return (share of the positive attribution of maps [P, h, w] on masks [P, H, W], share of the area), [P] each.
 
-    A cell counts by how much of it the mask covers. The first is NaN where nothing is positive.
+    A cell counts by how much of it the mask covers. The first is NaN if nothing is positive.
     """
     cells = cover(masks, (maps.shape[1], maps.shape[2]))
     positive = np.maximum(maps, 0).astype(np.float64)
@@ -142,7 +143,7 @@ def mass_on(maps: NDArray[np.float32], masks: Masks) -> tuple[Numbers, Numbers]:
 
 
 def cover(masks: Masks, grid: tuple[int, int]) -> Numbers:
-    """Return the share of each cell of `grid` that masks [P, H, W] cover, [P, h, w]; cells need not be whole pixels."""
+    """Return the share of each cell of `grid` that masks [P, H, W] cover, [P, h, w]; cells may end within pixels."""
     rows, columns = (_overlap(size, cells) for size, cells in zip(masks.shape[1:], grid, strict=True))
     shares: Numbers = rows @ masks.astype(np.float64) @ columns.T
     return shares
@@ -153,7 +154,7 @@ def input_masks(
 ) -> Masks:
     """Return masks [P, h, w] of patches of `patch_px` as the network sees them at `size`: the nearest pixel of each.
 
-    `view` is (y, x, height, width) of what it sees of a patch.
+    `view` is (y, x, height, width) of the part of a patch that it sees.
     """
     top, left, view_height, view_width = view
     scale = masks.shape[1] / patch_px[0], masks.shape[2] / patch_px[1]
@@ -172,13 +173,13 @@ def border(size: tuple[int, int], width_px: int) -> NDArray[np.bool_]:
 
 
 def glass_patches(colour: tuple[int, int, int], patch_px: tuple[int, int], count: int, seed: int) -> NDArray[np.uint8]:
-    """Return patches of bare glass, uint8 [count, h, w, 3]: one colour and the grain of a scanner."""
+    """Return patches of bare glass, uint8 [count, h, w, 3]: one colour with the grain of a scanner."""
     grain = np.random.default_rng(seed).normal(0, GLASS_GRAIN, (count, *patch_px, 3))
     return (np.array(colour) + grain).round().clip(0, 255).astype(np.uint8)
 
 
 def _overlap(size: int, cells: int) -> Numbers:
-    """Return the part of each cell that each pixel makes up, [cells, size]; rows sum to 1."""
+    """Return the share of each cell that each pixel makes up, [cells, size]; rows sum to 1."""
     edges = np.arange(cells + 1) * size / cells
     pixel = np.arange(size)
     part = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
@@ -187,7 +188,7 @@ def _overlap(size: int, cells: int) -> Numbers:
 
 
 def suspects(rgb: Rgb, mpp: float, glass: tuple[int, int, int] = (255, 255, 255)) -> dict[str, Masks]:
-    """Return masks bool [P, h, w] by suspect, of patches uint8 [P, h, w, 3]; they may overlap.
+    """Return masks bool [P, h, w] by suspect, for patches uint8 [P, h, w, 3]; they may overlap.
 
     Args:
         mpp: micrometres per pixel of the patches.
@@ -207,14 +208,14 @@ def suspects(rgb: Rgb, mpp: float, glass: tuple[int, int, int] = (255, 255, 255)
 
 
 def glass_of(rgb: Rgb, glass: tuple[int, int, int]) -> Masks:
-    """Return the pixels of RGB uint8 [..., 3] with all channels as near to `glass` as bare glass is, bool [...]."""
+    """Return which pixels of RGB uint8 [..., 3] are as close to `glass` as bare glass in all channels, bool [...]."""
     difference = np.abs(rgb.astype(np.int16) - np.array(glass, np.int16)).max(axis=-1)
     near: Masks = difference <= HIGHEST * 255
     return near
 
 
 def blurred_windows(rgb: Rgb) -> Masks:
-    """Return windows of a quarter of the side that `tissue.quality.measure_blur` finds blurred, bool [P, h, w]."""
+    """Return the windows of a quarter of the side that `tissue.quality.measure_blur` finds blurred, bool [P, h, w]."""
     height, width = rgb.shape[1:3]
     windows = max(1, min(WINDOWS, min(height, width) // SMALLEST_WINDOW_PX))
     found = np.zeros(rgb.shape[:3], np.bool_)
@@ -227,7 +228,7 @@ def blurred_windows(rgb: Rgb) -> Masks:
 
 
 def block_means(rgb: Rgb, side: int) -> Rgb:
-    """Return means of blocks of `side` pixels, uint8 [P, ceil(h / side), ceil(w / side), 3]; the last pixel repeats."""
+    """Return means of blocks of `side` pixels, uint8 [P, ceil(h / side), ceil(w / side), 3]; borders repeat."""
     height, width = rgb.shape[1:3]
     padded = np.pad(rgb, ((0, 0), (0, -height % side), (0, -width % side), (0, 0)), mode="edge")
     blocks = padded.reshape(len(rgb), padded.shape[1] // side, side, padded.shape[2] // side, side, 3)
@@ -246,13 +247,13 @@ def _part(size: int, number: int, parts: int) -> slice:
 
 
 def equal_areas(removed: Masks, places: Numbers | None, draws: int, seed: int) -> Masks | None:
-    """Return masks [draws, N] of as many patches elsewhere as `removed` [N]; None where there are not as many.
+    """Return masks [draws, N] of as many patches elsewhere as in `removed` [N]; None if there are not that many.
 
-    Where places are known each connected area has its like: the patches nearest to a random one. Scattered patches
-    would be a mean of the whole slide, which no region is.
+    If positions are known, each connected area has a counterpart: the patches nearest to a random one. Scattered
+    patches would be a mean of the whole slide, which no region is.
 
     Args:
-        places: [N, 2] of the patches, in their own sides; None draws patches one by one.
+        places: [N, 2] of the patches, in units of their sides; None draws patches one by one.
     """
     free = ~removed
     size = int(removed.sum())
@@ -276,7 +277,7 @@ def equal_areas(removed: Masks, places: Numbers | None, draws: int, seed: int) -
 
 
 def areas_of(places: Numbers) -> list[int]:
-    """Return the sizes of the connected areas of patches at `places` [n, 2], in their own sides, the largest first."""
+    """Return the sizes of connected areas of patches at `places` [n, 2], in units of their sides, largest first."""
     pairs = cKDTree(places).query_pairs(TOUCHING, output_type="ndarray")
     graph = coo_array((np.ones(len(pairs)), (pairs[:, 0], pairs[:, 1])), shape=(len(places), len(places)))
     _, member = connected_components(graph, directed=False)
@@ -285,13 +286,13 @@ def areas_of(places: Numbers) -> list[int]:
 
 @dataclass(frozen=True)
 class Removal:
-    """What removing some patches does, against equal areas elsewhere.
+    """The effects of removing some patches, against equal areas elsewhere.
 
     Attributes:
-        drop: of the explained scalar, signed: with all patches less without these.
-        control_drop, control_size: mean of the same of equal areas, and of its size.
-        flips: 1 where the answer changes, else 0; NaN where there is no answer.
-        control_flips: the share of the equal areas of which that is true.
+        drop: drop of the explained scalar, signed: with all patches minus without these.
+        control_drop, control_size: mean of the same for equal areas, and of its absolute value.
+        flips: 1 if the answer changes, else 0; NaN if there is no answer.
+        control_flips: the share of the equal areas for which that is true.
     """
 
     drop: float
@@ -302,7 +303,7 @@ class Removal:
 
 
 def removal(subject: BagSubject, removed: Masks, elsewhere: Masks) -> Removal:
-    """Return what removing the patches of a mask [N] does, against masks [draws, N] elsewhere."""
+    """Return the effects of removing the patches in a mask [N], against masks [draws, N] elsewhere."""
     logits = subject.without(np.concatenate([removed[None], elsewhere]))
     drops = float(subject.scalar(subject.logits)) - subject.scalar(logits)
     before, after = subject.says_so(subject.logits), subject.says_so(logits)
@@ -317,7 +318,7 @@ def removal(subject: BagSubject, removed: Masks, elsewhere: Masks) -> Removal:
 
 
 def relevance_on(relevance: Numbers, mask: Masks) -> float:
-    """Return the share of the positive relevance [N] on the patches of a mask; NaN where nothing is positive."""
+    """Return the share of the positive relevance [N] on the patches in a mask; NaN if nothing is positive."""
     positive = np.maximum(np.nan_to_num(relevance), 0)
     total = float(positive.sum())
     return float(positive[mask].sum() / total) if total > 0 else float("nan")

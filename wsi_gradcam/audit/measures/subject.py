@@ -1,7 +1,7 @@
-"""A model under audit: its answers to pictures, and maps of them, for what was explained at first.
+"""A model under audit: its answers to pictures, and maps of them, for what was explained originally.
 
-Beside them, control maps that know nothing of the model. They are made on the grid of the map that they are compared
-with, so that the two differ in what they know and not in how sharp they are.
+Also control maps that know nothing about the model. They are made on the grid of the map with which they are compared,
+so that the two differ in what they know and not in how sharp they are.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Aim:
-    """The explained scalar of each of P patches: fixed by the answers to the unchanged patches.
+    """The explained scalar of each of P patches, fixed by the answers to the unchanged patches.
 
-    A changed patch, or a changed model, may predict another class; the first is explained all the same.
+    A changed patch, or a changed model, may predict another class; the original one is explained all the same.
 
     Attributes:
-        target: as everywhere; `predicted` is each patch's own class.
+        target: as everywhere; `predicted` means each patch's own class.
         logits: [P, K] of the unchanged patches.
         activation: how logits become probabilities.
     """
@@ -49,13 +49,13 @@ class Aim:
 
     @property
     def classes(self) -> Tensor | None:
-        """The class [P] that each patch is explained for, on the CPU; None where no class is explained."""
+        """The class [P] for which each patch is explained, on the CPU; None if no class is explained."""
         if not isinstance(self.target, Target) or not self.target.is_class:
             return None
         return classes_of(self.target, self.logits).cpu()
 
     def score(self, rows: slice = slice(None)) -> Score:
-        """Return the explained scalar [n] as a function of logits [n, K] of the patches `rows`."""
+        """Return the explained scalar [n] as a function of logits [n, K] for the patches `rows`."""
         return make_score(self.target, self.logits[rows])
 
     def explained(self, rows: slice) -> AnyTarget:
@@ -64,14 +64,14 @@ class Aim:
         return self.target if fixed else self.score(rows)
 
     def logit(self, answers: Tensor) -> Tensor:
-        """Return the explained scalar [P, ...] of `answers` [P, ..., K]."""
+        """Return the explained scalar [P, ...] from `answers` [P, ..., K]."""
         points = answers.reshape(len(answers), -1, answers.shape[-1])
         score = self.score()
         values = torch.stack([score(point) for point in points.unbind(dim=1)], dim=1)
         return values.reshape(answers.shape[:-1])
 
     def probability(self, answers: Tensor) -> Tensor | None:
-        """Return the class's probability [P, ...] of `answers` [P, ..., K]; None where no class is explained."""
+        """Return the class's probability [P, ...] from `answers` [P, ..., K]; None if no class is explained."""
         if (own := self.classes) is None:
             return None
         flat = answers.detach().float().cpu().reshape(-1, answers.shape[-1])
@@ -82,11 +82,11 @@ class Aim:
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model under audit. All work is done in batches, so that memory depends on their size alone.
+    """A model under audit. All work is done in batches, so that memory depends only on their size.
 
     Attributes:
-        model: whose patches and probabilities these are.
-        program: explains it.
+        model: the model to which patches and probabilities belong.
+        program: the program that explains it.
         batch_size: images in a forward pass.
     """
 
@@ -102,7 +102,7 @@ class Subject:
 
         Raises:
             LayerError: a method cannot explain it.
-            ModelError: it does not give numbers.
+            ModelError: its output is not finite.
         """
         program = examine(model, Request(layer=layer, methods=tuple(methods), batch_size=batch_size)).program
         assert isinstance(program, EagerProgram)
@@ -114,17 +114,17 @@ class Subject:
         return next(iter(self.program.module.parameters()), torch.empty(0)).device
 
     def images(self, rgb: NDArray[np.uint8]) -> Tensor:
-        """Return patches uint8 [P, h, w, 3] as the network sees them, float32 [P, 3, H, W].
+        """Return patches uint8 [P, h, w, 3] in the form that the network sees, float32 [P, 3, H, W].
 
         Raises:
-            ModelError: these are no patches.
+            ModelError: these are not patches.
         """
         if rgb.ndim != 4 or rgb.shape[3] != 3 or rgb.dtype != "uint8" or not len(rgb):
             raise ModelError(f"patches are {rgb.dtype} {rgb.shape}, expected uint8 [patches, height, width, 3]")
         return self.model.prepare(torch.from_numpy(rgb).to(self.device))
 
     def colour(self, rgb: tuple[int, int, int]) -> Tensor:
-        """Return a colour as the network sees it, [3, 1, 1]."""
+        """Return a colour in the form that the network sees, [3, 1, 1]."""
         flat = torch.tensor(rgb, dtype=torch.uint8).expand(1, *self.model.patch_px, 3)
         return self.model.prepare(flat.contiguous().to(self.device))[0, :, :1, :1]
 
@@ -133,7 +133,7 @@ class Subject:
         return torch.cat([self.program.predict(part).detach() for part in torch.split(images, self.batch_size)])
 
     def aim(self, images: Tensor, target: AnyTarget) -> Aim:
-        """Return the aim of `images`, which stays whatever happens to them."""
+        """Return the aim of `images`, which stays the same whatever happens to them."""
         return Aim(target, self.answers(images), self.model.activation)
 
     def maps(self, images: Tensor, aim: Aim, method: str = "gradcam") -> Tensor:
@@ -145,12 +145,12 @@ class Subject:
         return torch.cat(found)
 
     def with_module(self, module: nn.Module) -> Subject:
-        """Return the same audit of another network of the same build, such as one whose weights were changed."""
+        """Return the subject with another network of the same architecture, such as one whose weights were changed."""
         return replace(self, program=EagerProgram(module, self.program.layers))
 
 
 def enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return maps [P, h, w] at another (height, width): bilinear where larger, means where smaller."""
+    """Return maps [P, h, w] at another (height, width): bilinear if larger, means if smaller."""
     if maps.shape[1] > size[0]:
         return F.adaptive_avg_pool2d(maps[:, None], size)[:, 0]
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
@@ -162,7 +162,7 @@ def predicted_classes(logits: Tensor) -> Tensor:
 
 
 def control_maps(images: Tensor, grid: tuple[int, int], seeds: Sequence[int]) -> dict[str, Tensor]:
-    """Return all controls [P, h, w] by name for images [P, 3, H, W]; a seed a patch, so that batches change nothing."""
+    """Return all controls [P, h, w] by name for images [P, 3, H, W], with a seed per patch: batches do not matter."""
     return {
         RANDOM: random_maps(grid, seeds).to(images.device),
         EDGES: edge_maps(images, grid),
@@ -177,7 +177,7 @@ def random_maps(grid: tuple[int, int], seeds: Sequence[int]) -> Tensor:
 
 
 def edge_maps(images: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return the picture's steepness, [P, h, w], not negative: Sobel's gradient of the mean colour, averaged."""
+    """Return edge strength, [P, h, w], non-negative: Sobel's gradient of the mean colour, averaged."""
     gray = F.pad(images.mean(dim=1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across = images.new_tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]]) / 8
     steepness = F.conv2d(gray, torch.stack([across, across.T])[:, None]).norm(dim=1)
@@ -185,7 +185,7 @@ def edge_maps(images: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def centre_maps(grid: tuple[int, int]) -> Tensor:
-    """Return a map [1, h, w] that falls from the middle to the borders: less the squared distance, in half sides."""
+    """Return a map [1, h, w] that falls from the middle to the borders: minus the squared distance, in half sides."""
     height, width = grid
     y, x = ((torch.arange(n) + 0.5) * 2 / n - 1 for n in (height, width))
     return -(y[:, None] ** 2 + x[None, :] ** 2)[None]

@@ -1,8 +1,8 @@
-"""The questions of the audit, a module each: what is measured, how it is judged, which figures and words it has.
+"""The questions of the audit, one module each: what is measured, how it is judged, its figures and its words.
 
-To add one, write a module with a `QUESTION`, and add it to `wsi_gradcam.audit.schema.QUESTIONS`; those that are
-asked of the slides of slide-level models are in `BAG_QUESTIONS`. The modules import no torch: what measures is imported
-from `wsi_gradcam.audit.measures` where it is called, on workers.
+To add one, write a module with a `QUESTION`, and add it to `wsi_gradcam.audit.schema.QUESTIONS`; questions about the
+slides of slide-level models are in `BAG_QUESTIONS`. The modules do not import torch: measures are imported from
+`wsi_gradcam.audit.measures` where they are called, on workers.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Scope:
-    """Facts of the audited run that statements depend on.
+    """Facts about the audited run on which statements depend.
 
     Attributes:
-        methods: of the run.
-        classes: of the model.
-        positive: the class that bare glass must not be called; "" where none is known.
+        methods: those of the run.
+        classes: those of the model.
+        positive: the class that bare glass must not be given; "" if unknown.
         is_class: whether a class is explained, which has a probability.
         overlaps: whether patches of the run overlap; None without a run.
-        disagreement: of overlapping patches, over the size of the map, by target and slide.
+        disagreement: that of overlapping patches, relative to the size of the map, by target and slide.
     """
 
     methods: tuple[str, ...]
@@ -50,16 +50,16 @@ class Question:
     """A question of the audit.
 
     Attributes:
-        words: for the report.
-        measure: measure a batch of patches (`Batch`), or a slide (`SlideBag`), on a worker: a record, see
+        words: texts for the report.
+        measure: measures a batch of patches (`Batch`), or a slide (`SlideBag`), on a worker: a record, see
             `wsi_gradcam.audit.measurements`, or None.
-        assess: add what the measurements of all patches say.
+        assess: adds what the measurements of all patches show.
         figures: which rows make which figure.
-        remarks: sentences that the report says below the figures.
-        untested: (what, why) of what could not be tested.
-        measures: all that it reports.
-        in_depth: whether it is measured on the patches alone that are measured in depth.
-        measure_slide: measure what is of the whole slide, with its first batch.
+        remarks: sentences that the report has below the figures.
+        untested: (what, why) for what could not be tested.
+        measures: everything that it reports.
+        in_depth: whether it is measured only on the patches that are measured in depth.
+        measure_slide: measures what concerns the whole slide, with its first batch.
         no_numbers: why there may be no number at all.
     """
 
@@ -76,7 +76,7 @@ class Question:
 
 
 def question_named(name: str, unit: Unit = "patch") -> Question:
-    """Return a question that is asked of patches, or of slides."""
+    """Return the question with this name, about patches or about slides."""
     module, _, attribute = questions_of(unit)[name].partition(":")
     found: Question = getattr(import_module(module), attribute or "QUESTION")
     return found

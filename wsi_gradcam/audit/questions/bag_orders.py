@@ -1,4 +1,4 @@
-"""Slide-level models: does the slide's answer depend on the patches that a map marks, and on how few?
+"""Slide-level models: does the slide's answer depend on the patches that a map marks, and how few decide?
 
 Patches are removed in the order of their relevance, see `wsi_gradcam.audit.measures.bags`. The unit is the slide.
 """
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-LARGE = 0.8  # of a standard deviation: a large effect (Cohen)
-TOP = 10  # in a hundred patches, of which two methods are asked whether they are the same
+LARGE = 0.8  # standard deviations: a large effect (Cohen)
+TOP = 10  # per hundred patches, for which the overlap of two methods is computed
 
 WAYS = {"most": "most relevant first", "least": "least relevant first"}
 FLIPPED = {way: Measure(f"{way}_first", f"answer, {words}") for way, words in WAYS.items()}
@@ -60,12 +60,12 @@ SHARED = Measure("agreement_top", f"shared among the top {TOP} % of patches", "s
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BagFaithfulness:
-    """Answers [N, Q] of slides as their patches leave, by map; of noise, the mean of several random orders.
+    """Answers [N, Q] for slides as their patches leave, by map; for noise, the mean of several random orders.
 
     Attributes:
-        most, least: explained scalar with the most, or the least relevant gone.
-        most_probability, least_probability: of the explained class, where there is one.
-        tied: [N] share of the values that are those of another patch too.
+        most, least: explained scalar without the most, or the least relevant patches.
+        most_probability, least_probability: probability of the explained class, if there is one.
+        tied: [N] share of the values that another patch has too.
     """
 
     most: Mapping[str, Floats] = stored("bag/faithfulness/{}/most")
@@ -82,12 +82,12 @@ class BagFaithfulness:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Sufficiency:
-    """How few patches do, [N] by map; NaN for a slide that is not called the explained class.
+    """How few patches decide, [N] by map; NaN for a slide that is not predicted to be of the explained class.
 
     Attributes:
         kept: share of the patches, most relevant first, that keep the answer alone.
-        removed: share of them whose removal changes it; 1 where none does.
-        count: of the slide's patches.
+        removed: share of them whose removal changes it; 1 if no number does.
+        count: number of the slide's patches.
     """
 
     kept: Mapping[str, Floats] = stored("bag/sufficiency/{}/kept")
@@ -97,7 +97,7 @@ class Sufficiency:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Agreement:
-    """Likeness [N] of the relevance by one method to that by another."""
+    """Similarity [N] of the relevance by one method to that by another."""
 
     ranks: Mapping[str, Mapping[str, Floats]] = stored("bag/agreement/{}/{}/ranks")
     shared: Mapping[str, Mapping[str, Floats]] = stored("bag/agreement/{}/{}/shared")
@@ -118,7 +118,7 @@ def measure_flipping(bag: SlideBag) -> BagFaithfulness:
 
 
 def _mean_curves(subject: BagSubject, flips: Sequence[Flipping]) -> tuple[Floats, Floats, Floats | None, Floats | None]:
-    """Return what `BagFaithfulness` has of a map, [1, Q] each: most, least, and their probabilities."""
+    """Return a map's curves for `BagFaithfulness`, [1, Q] each: most, least, and their probabilities."""
     parts = [np.stack([getattr(one, way) for one in flips]) for way in WAYS]
     most, least = (subject.scalar(part).mean(axis=0)[None] for part in parts)
     shares = [subject.probability(part) for part in parts]
@@ -127,7 +127,7 @@ def _mean_curves(subject: BagSubject, flips: Sequence[Flipping]) -> tuple[Floats
 
 
 def measure_sufficiency(bag: SlideBag) -> Sufficiency | None:
-    """Measure how few patches keep the answer, and how few must go; None where nothing is called or not."""
+    """Measure how few patches keep the answer, and how few must be removed; None if the answer is not a class."""
     from wsi_gradcam.audit.measures.bags import fewest_that_change, fewest_that_keep
 
     subject, count = bag.subject, len(bag.subject.features)
@@ -145,7 +145,7 @@ def measure_sufficiency(bag: SlideBag) -> Sufficiency | None:
 
 
 def measure_agreement(bag: SlideBag) -> Agreement | None:
-    """Measure how alike the relevances of each two methods are; None of one method."""
+    """Measure how similar the relevances of each pair of methods are; None for a single method."""
     from wsi_gradcam.audit.measures.bags import overlap_of_top
     from wsi_gradcam.audit.measures.sanity import rank_likeness
 
@@ -211,11 +211,11 @@ def gains(found: BagFaithfulness, method: str, data: Measurements) -> Verdict:
 
 
 def gains_more(gain: ArrayLike, controls: Mapping[str, ArrayLike], slides: ArrayLike, seed: int = 0) -> Verdict:
-    """Return whether the answer depends on what the map marks: the relevance gain [N] against that of random orders.
+    """Return whether the answer depends on what the map marks: relevance gains [N] against those of random orders.
 
-    It holds where the gain is larger than that of random orders. It fails where random orders gain more, or where
-    enough slides show no difference from them: an interval that contains 0, and no large effect (Cohen's d of 0.8).
-    Attention, which costs nothing extra, is a control too: the words say so where a map gains less.
+    It holds if the gain is larger than that of random orders. It fails if random orders gain more, or if enough slides
+    show no difference from them: an interval that contains 0, and no large effect (Cohen's d of 0.8). Attention, which
+    costs nothing extra, is a control too: the words say so if a map gains less.
     """
     question = "Does the slide's answer depend on what the map shows?"
     found = {name: compare(gain, other, slides, None, seed) for name, other in controls.items()}
@@ -236,7 +236,7 @@ def gains_more(gain: ArrayLike, controls: Mapping[str, ArrayLike], slides: Array
 
 
 def _is_no_better(found: Comparison) -> bool:
-    """Return whether enough slides show that a difference is none, or small; larger is better."""
+    """Return whether enough slides show that there is no difference, or a small one; larger is better."""
     interval = found.difference
     return interval.patches >= ENOUGH and interval.low <= 0 and interval.high <= LARGE * found.spread
 
@@ -251,7 +251,7 @@ def _p_of(verdict: Verdict) -> tuple[float, bool]:
 
 
 def assess_sufficiency(findings: Findings, scope: Scope) -> None:
-    """Add how few patches keep the answer, and must go to change it, and a verdict for each method."""
+    """Add how few patches keep the answer, and how many must be removed to change it; a verdict for each method."""
     if (found := findings.measurements.of(Sufficiency)) is None:
         return
     for name in (*scope.methods, RANDOM_ORDER):
@@ -271,10 +271,10 @@ def assess_sufficiency(findings: Findings, scope: Scope) -> None:
 
 
 def few_decide(kept: Comparison, removed: Comparison, means: Sequence[float]) -> Verdict:
-    """Return whether few patches decide: the share that keeps the answer, and that must go, against random orders.
+    """Return whether few patches decide: shares that keep the answer, and that must go, against random orders.
 
     Args:
-        means: share that keeps it by the map, and at random; share that must go by the map, and at random.
+        means: share that keeps it by the map, and at random; share that must be removed by the map, and at random.
     """
     question = "Do a few of the patches that the map marks decide the answer?"
     evidence = {"patches that keep the answer": kept, "patches whose removal changes it": removed}
@@ -292,7 +292,7 @@ def few_decide(kept: Comparison, removed: Comparison, means: Sequence[float]) ->
 
 
 def share_text(share: float) -> str:
-    """Return a share in text, with as many digits as tell it from nothing.
+    """Return a share as text, with enough digits to distinguish it from nothing.
 
     >>> share_text(0.257), share_text(0.0042), share_text(1.0)
     ('26 %', '0.42 %', '100 %')
@@ -301,7 +301,7 @@ def share_text(share: float) -> str:
 
 
 def assess_agreement(findings: Findings, scope: Scope) -> None:
-    """Add how alike methods are."""
+    """Add how similar methods are."""
     if (found := findings.measurements.of(Agreement)) is None:
         return
     for first, others in found.ranks.items():
@@ -311,7 +311,7 @@ def assess_agreement(findings: Findings, scope: Scope) -> None:
 
 
 def flipping_figures(metrics: Metrics) -> list[Figure]:
-    """Return the answers as patches leave, and the gains of all maps."""
+    """Return figures of the answers as patches leave, and of the gains of all maps."""
     curves = [row for row in metrics.curves if any(y is not None for y in row.y)]
     found: list[Figure] = []
     for measures, name in ((FLIPPED, "logits"), (FLIPPED_PROBABILITY, "probabilities")):
@@ -333,7 +333,7 @@ def flipping_figures(metrics: Metrics) -> list[Figure]:
 
 
 def sufficiency_figures(metrics: Metrics) -> list[Figure]:
-    """Return the shares of patches that keep the answer, and that must go."""
+    """Return figures of the shares of patches that keep the answer, and that must be removed."""
     found: list[Figure] = []
     for measure in (KEPT, REMOVED):
         rows = [(row_title(row), row) for row in metrics.estimates if row.measure == measure.name and row.patches]
@@ -343,7 +343,7 @@ def sufficiency_figures(metrics: Metrics) -> list[Figure]:
 
 
 def agreement_figures(metrics: Metrics) -> list[Figure]:
-    """Return the rank correlations of methods."""
+    """Return a figure of the rank correlations of methods."""
     rows = [
         (f"{method_title(row.method or '')} and {method_title(row.other_method or '')}", row)
         for row in metrics.estimates

@@ -53,11 +53,11 @@ if TYPE_CHECKING:
     Masks = NDArray[np.bool_]
 
 DRAWS = 12  # pairs of networks with random weights
-COPIES = 49  # of which none may differ as much: a false praise in 50
+COPIES = 49  # copies, none of which may differ as much: a false pass in 50
 DRAWN, DRAWN_AT_ONCE = (
     500,
     100,
-)  # patches of a slide on which weights are made random, of networks that see a bag at once
+)  # patches of a slide on which weights are randomised, for networks that see a bag as a whole
 CHANGES = ("noise", "float16", "half")
 REPEATS = 4
 CHANGE_WORDS = {
@@ -66,8 +66,8 @@ CHANGE_WORDS = {
     "half": "the loss of half of the patches",
 }
 DRAWS_ELSEWHERE = 20
-SHOWS = 0.05  # of a patch: that much of a region makes it a patch of it
-ANNOTATED = 0.5  # of a patch that counts as annotated where maps are held against it
+SHOWS = 0.05  # share of a patch: with this much of a region, it counts as a patch of the region
+ANNOTATED = 0.5  # share from which a patch counts as annotated when maps are compared with annotations
 
 STAYING_ENCODER = Measure("staying_maps_encoder", "maps that stay the same with random weights of the encoder", "share")
 CHANGED_ANSWERS = Measure("changed_answers", "changed answers", "share", "{change}")
@@ -97,10 +97,10 @@ class BagSanity:
     """Relevances and answers with random weights.
 
     Attributes:
-        draws: [N, draws] of the maps that stay, less those that turn, by method.
-        encoder: the same with random weights of the encoder.
-        own: [N, K] the model's answers to the patches that random copies are asked of.
-        answers: [N, copies, K] of random copies of the aggregator.
+        draws: [N, draws] maps that stay, minus those that flip, by method.
+        encoder: the same with random weights in the encoder.
+        own: [N, K] the model's answers to the patches that random copies are shown.
+        answers: [N, copies, K] those of random copies of the aggregator.
     """
 
     draws: Mapping[str, Floats] = stored("bag/sanity/{}/draws")
@@ -111,11 +111,11 @@ class BagSanity:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BagStability:
-    """Changes of answers and maps, [N] each by change, in the mean over repeats.
+    """Changes of answers and maps, [N] each by change, averaged over repeats.
 
     Attributes:
-        flips, logit_change: of the answer.
-        likeness: rank correlation with the first map, by method.
+        flips, logit_change: those of the answer.
+        likeness: rank correlation with the original map, by method.
     """
 
     flips: Mapping[str, Floats] = stored("bag/stability/{}/flips")
@@ -125,7 +125,7 @@ class BagStability:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Removed:
-    """What removing some patches does, [N] each; NaN for a slide without them: see `measures.bags.Removal`."""
+    """The effects of removing some patches, [N] each; NaN for a slide without them (`measures.shortcuts.Removal`)."""
 
     drop: Floats
     control_drop: Floats
@@ -145,9 +145,9 @@ class BagShortcuts:
     """Suspects on slides, [N] each by suspect.
 
     Attributes:
-        share: of the patches that show it.
-        mass: of the positive relevance on them, by method; NaN for a slide without.
-        removed: what removing them does.
+        share: share of the patches that show it.
+        mass: share of the positive relevance on them, by method; NaN for a slide without any.
+        removed: the effects of removing them.
     """
 
     share: Mapping[str, Floats] = stored("bag/shortcuts/{}/share")
@@ -157,12 +157,12 @@ class BagShortcuts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class BagPlausibility:
-    """Relevances held against annotations.
+    """Relevances compared with annotations.
 
     Attributes:
-        share: [N] of the patches that are annotated.
-        auroc: [N] area under the ROC curve, by map; NaN where all or none are annotated.
-        removed: what removing the annotated patches does.
+        share: [N] share of the patches that are annotated.
+        auroc: [N] area under the ROC curve, by map; NaN if all or none are annotated.
+        removed: the effects of removing the annotated patches.
     """
 
     share: Floats = stored("bag/plausibility/share")
@@ -171,9 +171,9 @@ class BagPlausibility:
 
 
 def measure_sanity(bag: SlideBag) -> BagSanity:
-    """Measure how alike relevances are to those of random weights, and the answers of random copies.
+    """Measure how similar relevances are to those with random weights, and the answers of random copies.
 
-    On a part of a large bag, the same for all.
+    This uses a part of a large bag, the same for all.
     """
     from wsi_gradcam.audit.measures.bags import random_answers
 
@@ -206,7 +206,7 @@ def _staying(bag: SlideBag, part: object) -> dict[str, list[float]]:
 
 
 def measure_stability(bag: SlideBag) -> BagStability:
-    """Measure changes of answer and maps with noise, rounding, and half of the patches."""
+    """Measure changes of the answer and of maps with noise, rounding, and half of the patches."""
     from wsi_gradcam.audit.measures.bags import BagSubject, perturbed
     from wsi_gradcam.audit.measures.sanity import rank_likeness
 
@@ -238,7 +238,7 @@ def measure_stability(bag: SlideBag) -> BagStability:
 
 
 def measure_shortcuts(bag: SlideBag) -> BagShortcuts | None:
-    """Measure what removing suspects does, against equal areas elsewhere, and the relevance on them."""
+    """Measure the effects of removing suspects, against equal areas elsewhere, and the relevance on them."""
     from wsi_gradcam.audit.measures.shortcuts import relevance_on
 
     if not bag.suspects:
@@ -264,7 +264,7 @@ def _removed(bag: SlideBag, mask: Masks) -> Removed:
 
 
 def measure_plausibility(bag: SlideBag) -> BagPlausibility | None:
-    """Measure the agreement of relevances with the annotation, and what removing it does; None without one."""
+    """Measure the agreement of relevances with the annotation, and the effects of removing it; None without one."""
     if bag.annotated is None:
         return None
     inside = bag.annotated >= ANNOTATED
@@ -278,7 +278,7 @@ def measure_plausibility(bag: SlideBag) -> BagPlausibility | None:
 
 
 def assess_sanity(findings: Findings, scope: Scope) -> None:
-    """Add likeness to maps of random weights, a verdict for each method, and one on the model's learning."""
+    """Add the similarity to maps with random weights, a verdict for each method, and one on what the model learned."""
     data = findings.measurements
     if (found := data.of(BagSanity)) is None:
         return
@@ -295,7 +295,7 @@ def assess_sanity(findings: Findings, scope: Scope) -> None:
 
 
 def _add_answers(findings: Findings, own: Floats, answers: Floats) -> None:
-    """Add whether the answers tell slides apart more than those of random copies do; of too few slides nothing."""
+    """Add whether the answers distinguish slides better than those of random copies; nothing if slides are too few."""
     slides = len(own)
     spread, others = float(answer_spread(own)), answer_spread(np.moveaxis(answers, 1, 0))
     if slides < FEWEST_SLIDES:
@@ -309,7 +309,7 @@ def _add_answers(findings: Findings, own: Floats, answers: Floats) -> None:
 
 
 def untested_sanity(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
-    """Return the encoder where it was not run, and the model's learning where slides are few."""
+    """Return the encoder if it was not run, and what the model has learned if slides are few."""
     found, rows = data.of(BagSanity), []
     if found is None or not found.encoder:
         rows.append(("random weights of the encoder", "the run has no encoder, or its slides cannot be read"))
@@ -319,7 +319,7 @@ def untested_sanity(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
 
 
 def assess_stability(findings: Findings, scope: Scope) -> None:
-    """Add changes of answers and maps; a verdict for each change, and for each method at worst."""
+    """Add changes of answers and maps; a verdict for each change, and for each method's worst case."""
     if (found := findings.measurements.of(BagStability)) is None:
         return
     for change in CHANGES:
@@ -385,7 +385,7 @@ def assess_plausibility(findings: Findings, scope: Scope) -> None:
 
 
 def meets(area: Estimate, chance: Comparison) -> Verdict:
-    """Return whether the most relevant patches are annotated ones: `auroc` of slides, against that of noise."""
+    """Return whether the most relevant patches are annotated: the `auroc` of slides, against that of noise."""
     question = "Does the map highlight what was annotated?"
     evidence = {"auroc": chance}
     if chance.p < ALPHA and chance.difference.value > 0:
@@ -398,7 +398,7 @@ def meets(area: Estimate, chance: Comparison) -> Verdict:
 
 
 def depends_on_annotation(drop: Comparison, flips: Comparison) -> Verdict:
-    """Return whether the slide's answer depends on what was annotated: removing it, against equal areas elsewhere."""
+    """Return whether the slide's answer depends on what was annotated: removal, against equal areas elsewhere."""
     question = "Does the slide's answer depend on what was annotated?"
     evidence = {"fall of the logit": drop, "changed answers": flips}
     if drop.p < ALPHA and drop.difference.value > 0:
@@ -413,7 +413,7 @@ def depends_on_annotation(drop: Comparison, flips: Comparison) -> Verdict:
 
 
 def sanity_figures(metrics: Metrics) -> list[Figure]:
-    """Return the maps that stay the same with random weights."""
+    """Return a figure of the maps that stay the same with random weights."""
     titles = {STAYING_MAPS.name: "aggregator", STAYING_ENCODER.name: "encoder"}
     rows = [(f"{row_title(row)}, {titles[row.measure]}", row) for row in metrics.estimates if row.measure in titles]
     axis = "share of maps that stay the same, minus those that are inverted"
@@ -423,7 +423,7 @@ def sanity_figures(metrics: Metrics) -> list[Figure]:
 
 
 def stability_figures(metrics: Metrics) -> list[Figure]:
-    """Return the likeness of maps to the first."""
+    """Return a figure of the similarity of maps to the original."""
     rows = [
         (f"{method_title(row.method or '')}: {change_title(row.change or '')}", row)
         for row in metrics.estimates

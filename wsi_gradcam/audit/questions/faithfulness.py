@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-# Of a patch's pixels, that are removed: 7 answers for each direction beside the two that all maps share. The area
-# under a curve of 29 points differs little, and costs four times as much.
+# Shares of a patch's pixels that are removed: 7 answers for each direction besides the two that all maps share. The
+# area under a curve of 29 points differs little, and costs four times as much.
 CURVE_FRACTIONS = tuple(i / 8 for i in range(9))
 ROAD_FRACTIONS = (0.2, 0.5, 0.8)  # each costs an exact solution for up to 40,000 pixels
 BLUR, BACKGROUND, MEAN, ROAD = "blur", "background", "mean", "road"
-MAIN = MEAN  # what gaps are filled with on all patches and for all maps: a blurred patch may show all of a small one
-BASELINES = (MAIN, BLUR, BACKGROUND, ROAD)  # the others where it is measured in depth, beside
+MAIN = MEAN  # replaces pixels on all patches and for all maps: a blurred patch may still show all of a small one
+BASELINES = (MAIN, BLUR, BACKGROUND, ROAD)  # the others, additionally, on patches measured in depth
 BASELINE_WORDS = {MEAN: "the patch's mean colour", BLUR: "a blurred copy of the patch", BACKGROUND: "the slide's glass"}
 CONTROL_WORDS = {
     RANDOM: "noise",
@@ -60,9 +60,9 @@ CONTROL_WORDS = {
     CENTRE: "centre first",
     PROBABILITY: "neighbouring probabilities",
 }
-REMOVED_FRACTIONS = tuple(i / 20 for i in range(19))  # of a slide's patches
+REMOVED_FRACTIONS = tuple(i / 20 for i in range(19))  # shares of a slide's patches
 REMOVAL_ORDERS = ("most", "least", "random")
-LARGE = 0.8  # of a standard deviation: a large effect (Cohen)
+LARGE = 0.8  # standard deviations: a large effect (Cohen)
 
 Way = Literal["deletion", "insertion"]
 WAYS: tuple[Way, ...] = ("deletion", "insertion")
@@ -94,7 +94,7 @@ SLIDE_SCORE = Measure("slide_score", "slide, {order}", of="{label}")
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Faithfulness:
-    """Curves of removal by baseline and map; of the maps of methods and of controls."""
+    """Removal curves by baseline and map, for the maps of methods and of controls."""
 
     curves: Mapping[str, Mapping[str, Curves]] = stored("faithfulness/{}/{}", Curves, (BASELINES, None))
 
@@ -112,7 +112,7 @@ class SlideRemoval:
 
 
 def measure(batch: Batch) -> Faithfulness:
-    """Measure curves of every map with the first baseline; in depth, of methods and noise with the others too."""
+    """Measure curves of every map with the first baseline; in depth, also of methods and noise with the others."""
     from wsi_gradcam.audit.measures.removal import blurred, mean_colour, replace_by, replace_by_neighbours
 
     images, subject = batch.images, batch.subject
@@ -149,17 +149,17 @@ def measure_slide(batch: Batch) -> SlideRemoval:
 
 
 def fractions_of(baseline: str) -> tuple[float, ...]:
-    """Return where the curves of a baseline are measured."""
+    """Return the fractions at which the curves of a baseline are measured."""
     return ROAD_FRACTIONS if baseline == ROAD else CURVE_FRACTIONS
 
 
 def area(curves: Floats, baseline: str = MAIN) -> Floats:
-    """Return the mean height [N] of curves [N, Q] of a baseline; of ROAD, the mean over its fractions."""
+    """Return the mean height [N] of a baseline's curves [N, Q]; for ROAD, the mean over its fractions."""
     return curves.mean(axis=1) if baseline == ROAD else mean_height(curves, CURVE_FRACTIONS)
 
 
 def score(curves: Curves, baseline: str = MAIN) -> Floats:
-    """Return half of insertion less deletion [N], in logits: what the order of the map is worth; 0 for chance."""
+    """Return half of insertion minus deletion [N], in logits: the value of the map's order; 0 for chance."""
     return curves.road if baseline == ROAD else curves.score(CURVE_FRACTIONS)
 
 
@@ -192,7 +192,7 @@ def assess(findings: Findings, scope: Scope) -> None:
 
 
 def faithful_where(data: Measurements, method: str, rows: NDArray[np.bool_]) -> Verdict | None:
-    """Return whether a method's map is faithful on some of the patches; None where it was not measured."""
+    """Return whether a method's map is faithful on some of the patches; None if it was not measured."""
     some = data.only(rows)
     found = some.of(Faithfulness)
     return None if found is None or not len(some) else _verdict(some, found, method)
@@ -216,9 +216,9 @@ def _empty_changes(data: Measurements, found: Faithfulness) -> dict[str, Compari
 
 
 def with_baselines(verdict: Verdict, empty: Mapping[str, Comparison], gains: Mapping[str, Comparison]) -> Verdict:
-    """Return the verdict of `faithful` with what the baselines say: curves cannot fall towards a picture of the class.
+    """Return the verdict of `faithful`, qualified by the baselines: curves cannot fall towards a picture of the class.
 
-    Where the main baseline does not lower the answer, one that does must confirm that the map beats noise.
+    If the main baseline does not lower the answer, one that does must confirm that the map beats noise.
 
     Args:
         empty: change of the logit when every pixel is replaced, by baseline.
@@ -251,11 +251,12 @@ def faithful(
     seed: int = 0,
     chance: str = RANDOM,
 ) -> Verdict:
-    """Return whether the answer depends on what the map marks: scores [N] of the map against each control's.
+    """Return whether the answer depends on what the map marks: its scores [N] against each control's.
 
-    It holds where the map beats every control: each alone at 5 %, as all are asked together. It fails where a control
-    beats it (corrected for their number), or where enough patches show no difference from `chance`: an interval that
-    contains 0, and no large effect (Cohen's d of 0.8). What too few slides leave uncertain is unclear.
+    It holds if the map beats every control, each at the 5% level on its own, because all are required. It fails if a
+    control beats the map (corrected for their number), or if enough patches show no difference from `chance`: an
+    interval that contains 0, and no large effect (Cohen's d of 0.8). Whatever too few slides leave uncertain is
+    unclear.
     """
     question = "Does the model's answer depend on what the map shows?"
     found = {name: compare(score, other, slides, weights, seed) for name, other in controls.items()}
@@ -286,13 +287,13 @@ def _controls(names: Sequence[str]) -> str:
 
 
 def _is_no_better(found: Comparison) -> bool:
-    """Return whether enough patches show that a difference is none, or small."""
+    """Return whether enough patches show that there is no difference, or a small one."""
     interval = found.difference
     return interval.patches >= ENOUGH and interval.low <= 0 and interval.high <= LARGE * found.spread
 
 
 def _p_of(verdict: Verdict) -> tuple[float, bool]:
-    """Return (p, whether something was found): for beating all controls the largest p, for losing to one that one's."""
+    """Return (p, whether something was found): for beating all controls, the largest p; for losing to one, its p."""
     found = {name: one for name, one in verdict.evidence.items() if isinstance(one, Comparison)}
     adjusted = dict(zip(found, holm([one.p for one in found.values()]), strict=True))
     lost = [adjusted[name] for name, one in found.items() if one.difference.value < 0 and adjusted[name] < ALPHA]
@@ -319,7 +320,7 @@ def _add_curves(findings: Findings, baseline: str, name: str, curves: Curves, wi
 
 
 def _add_empty(findings: Findings, found: Faithfulness) -> None:
-    """Add the model's answers to patches of which every pixel is replaced, by baseline."""
+    """Add the model's answers to fully replaced patches, by baseline."""
     for baseline, change in _empty_changes(findings.measurements, found).items():
         curves = found.curves[baseline][RANDOM]
         findings.estimate(EMPTY_LOGIT, curves.deletion[:, -1], baseline=baseline)
@@ -329,7 +330,7 @@ def _add_empty(findings: Findings, found: Faithfulness) -> None:
 
 
 def _describe_maps(findings: Findings, methods: Sequence[str]) -> None:
-    """Add shares of a map's values that are 0, tied, or no number; and how far maps are from those of the run."""
+    """Add the shares of a map's values that are 0, tied or not finite, and how far maps are from those of the run."""
     patches = findings.measurements.patches
     for method in methods:
         maps = patches.maps[method].reshape(len(patches.number), -1)
@@ -342,7 +343,7 @@ def _describe_maps(findings: Findings, methods: Sequence[str]) -> None:
 
 
 def _add_slide_scores(findings: Findings) -> None:
-    """Add means over slides of their scores as patches are removed."""
+    """Add the means over slides of their scores as patches are removed."""
     of_slides = findings.measurements.of_slides(SlideRemoval).values()
     for label in sorted({label for one in of_slides for label in one.scores}):
         axes = ("share of the slide's patches removed", f"mean probability of {label}")
@@ -382,7 +383,7 @@ def figures(metrics: Metrics) -> list[Figure]:
 
 
 def _instead(metrics: Metrics) -> list[str]:
-    """Return the first baseline that lowers the answer, where the main one does not."""
+    """Return the first baseline that lowers the answer, if the main one does not."""
     lowers = _lowering(metrics)
     return [] if lowers.get(MAIN, True) else [name for name in BASELINE_WORDS if lowers.get(name)][:1]
 
@@ -394,7 +395,7 @@ def _lowering(metrics: Metrics) -> dict[str | None, bool]:
 
 
 def remarks(metrics: Metrics) -> list[str]:
-    """Return what the model answers to patches of which every pixel is replaced, and what follows for the curves."""
+    """Return what the model answers to fully replaced patches, and what follows for the curves."""
     for measures, scale in ((PROBABILITY_CURVES, "probability of the explained class"), (CURVES, "logit")):
         ends = {
             row.baseline: (row.y[0], row.y[-1])

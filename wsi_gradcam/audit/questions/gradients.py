@@ -1,4 +1,4 @@
-"""What gradients cannot tell: how far their prediction holds (locality), and where they vanish (saturation)."""
+"""The limits of gradients: how far their prediction holds (locality), and where they vanish (saturation)."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)  # along a map
+STEPS = (-1.0, -0.5, -0.25, -0.1, 0.1, 0.25, 0.5, 1.0)  # steps along a map
 HIDDEN_SQUARES = 8
 
-# The names of measures are those of metrics.json, which stay; their words are for readers.
+# The names of measures are those in metrics.json, which never change; their words are for readers.
 WORTH = Measure("worth", "agreement with the gradient's prediction", "-1 to 1")
 REACH = Measure("reach", "largest step that the gradient predicts", "of the patch's contrast")
 PROMISED, ACTUAL = Measure("promised", "predicted"), Measure("actual", "actual")
@@ -38,7 +38,7 @@ LIKE_INTEGRATED = Measure("like_integrated_gradients", "similarity to Integrated
 COMPLETENESS_GAP = Measure("completeness_gap", "completeness gap", "logits")
 COMPLETENESS_SUM = Measure("completeness_sum", "expected sum of the values", "logits")
 
-ALIKE = 0.9  # rank correlation from which maps count as nearly the same
+ALIKE = 0.9  # rank correlation from which on maps count as nearly the same
 
 SATURATED = Measure("saturated", "patches with a saturated probability", "share", of="model")
 SILENT = Measure("silent", "patches without any gradient", "share", of="model")
@@ -51,15 +51,15 @@ LIKE_LEAKY = Measure("like_leaky", "similarity to the map with leaky gradients",
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Locality:
-    """Steps along maps, by method: what they do, and what the gradient predicts; see `measures.changes`.
+    """Steps along maps, by method: their effects, and what the gradient predicts; see `measures.changes`.
 
     Attributes:
         promised, actual: [N, steps] changes of the explained scalar.
         worth, reach: [N], see `FiniteSteps`.
-        infidelity: [N] of hiding squares, the map scaled best.
+        infidelity: [N] infidelity of hiding squares, with the map optimally scaled.
         moved: [N] the infidelity of a map of zeros.
         like_integrated: [N] rank correlation with Integrated Gradients.
-        completeness_gap: [N] of Integrated Gradients, in logits; None with several layers.
+        completeness_gap: [N] that of Integrated Gradients, in logits; None with several layers.
         score_change: [N] what they should sum to.
     """
 
@@ -75,7 +75,7 @@ class Locality:
 
 
 def measure_locality(batch: Batch) -> Locality | None:
-    """Measure finite steps, infidelity and completeness; None where not in depth."""
+    """Measure finite steps, infidelity and completeness; None unless in depth."""
     if not batch.in_depth:
         return None
     import torch
@@ -152,9 +152,9 @@ def assess_locality(findings: Findings, scope: Scope) -> None:
 
 
 def follows(promised: Floats, actual: Floats) -> bool:
-    """Return whether mean curves [steps] agree: on both sides of 0 the prediction errs less than predicting no change.
+    """Return whether mean curves [steps] agree: on both sides of 0, the prediction beats predicting no change.
 
-    These are the curves of the report, in which patches with large changes count most.
+    These are the curves in the report, in which patches with large changes count most.
     """
     steps = np.array(STEPS)
     missed, moved = (actual - promised) ** 2, actual**2
@@ -162,12 +162,12 @@ def follows(promised: Floats, actual: Floats) -> bool:
 
 
 def gradient_predicts(worth: Estimate, mean_follows: bool | None = None) -> Verdict:
-    """Return whether the logit changes as the gradient predicts when the image really changes: `FiniteSteps.worth`.
+    """Return whether the logit changes as the gradient predicts when the image is changed: `FiniteSteps.worth`.
 
     Predicting no change at all scores 0. A verdict must agree with the curves that the report shows beside it.
 
     Args:
-        mean_follows: what `follows` says of the mean curves; None where they are not known.
+        mean_follows: what `follows` says about the mean curves; None if they are not known.
     """
     question = "Does the model respond as its gradient predicts?"
     evidence = {"agreement with the prediction": worth}
@@ -195,7 +195,7 @@ def gradient_predicts(worth: Estimate, mean_follows: bool | None = None) -> Verd
 
 
 def locality_figures(metrics: Metrics) -> list[Figure]:
-    """Return actual and predicted changes, one panel for each method."""
+    """Return figures of actual and predicted changes, with one panel for each method."""
     steps = (PROMISED.name, ACTUAL.name)
     curves = [row for row in metrics.curves if row.measure in steps and any(y is not None for y in row.y)]
     methods = list(dict.fromkeys(row.method for row in curves))
@@ -274,7 +274,7 @@ def _leaky_maps(batch: Batch) -> dict[str, NDArray[np.float32]]:
         if METHOD_INFO[name].grid == "layer" and name not in EXPENSIVE:
             try:
                 maps = leaky_maps(batch.subject, batch.images, batch.aim, name)
-            except ModelError:  # several layers, a network that cannot be cut: it is missing then
+            except ModelError:  # with several layers, or a network that cannot be cut, it is missing
                 break
             found[name] = maps.float().cpu().numpy()
     return found
@@ -296,10 +296,10 @@ def assess_saturation(findings: Findings, scope: Scope) -> None:
 
 
 def not_saturated(saturated: Estimate, silent: Estimate) -> Verdict:
-    """Return whether gradients can show the evidence: shares of patches with saturated probability, and silent logit.
+    """Return whether gradients can show the evidence: shares of patches with saturated probability or silent logit.
 
     Args:
-        saturated, silent: of the fields of `Saturation`.
+        saturated, silent: estimates of these fields of `Saturation`.
     """
     question = "Can gradients show what the model uses?"
     evidence = {"saturated": saturated, "silent": silent}
@@ -317,7 +317,7 @@ def not_saturated(saturated: Estimate, silent: Estimate) -> Verdict:
 
 
 def remarks(metrics: Metrics) -> list[str]:
-    """Return sentences on the maps with leaky gradients."""
+    """Return sentences about the maps with leaky gradients."""
     found = []
     for row in metrics.estimates:
         if row.measure == LIKE_LEAKY.name and row.patches and row.value is not None:
@@ -332,7 +332,7 @@ def remarks(metrics: Metrics) -> list[str]:
 
 
 def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
-    """Return leaky maps, where the network has none."""
+    """Return leaky maps, if the network has none."""
     found = data.of(Saturation)
     if not scope.is_class or (found is not None and found.like_leaky):
         return []

@@ -1,8 +1,8 @@
-"""Does the map highlight what was annotated? Kept apart from faithfulness, and never mixed with it.
+"""Does the map highlight what was annotated? This is kept separate from faithfulness, and never mixed with it.
 
-All measures take maps [P, h, w] and masks bool [P, h, w] of the same grid and give a number a patch, NaN where the
-question has no answer: a mask that is empty or full, a map that is constant or not finite. Counting those as hits
-flatters.
+All measures take maps [P, h, w] and masks bool [P, h, w] on the same grid and return a number per patch, NaN if the
+question has no answer: a mask that is empty or full, a map that is constant or not finite. Counting those as hits would
+be flattering.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ AGREEMENT = {part.name: Measure(part.name, part.name, "0 to 1") for part in fiel
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Plausibility:
-    """Maps held against annotations.
+    """Maps compared with annotations.
 
     Attributes:
-        share: [N] of the patch that is annotated.
-        chance: [N] of its cells that are.
-        maps: of methods and controls.
+        share: [N] share of the patch that is annotated.
+        chance: [N] share of its cells that are.
+        maps: those of methods and controls.
     """
 
     share: Floats = stored("plausibility/share")
@@ -115,14 +115,14 @@ def plausible(area: Estimate) -> Verdict:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """Return the agreement of maps with annotations."""
+    """Return figures of the agreement of maps with annotations."""
     rows = [(row_title(row), row) for row in metrics.estimates if row.measure == AUROC.name]
     axis = "area under the ROC curve; chance is 0.5"
     return [IntervalsFigure(rows, axis, "How well maps match annotations", reference=CHANCE)] if rows else []
 
 
 def pointing_game(maps: Maps, masks: Masks) -> Floats:
-    """Return whether the highest cell lies in the mask, 1 or 0; of several, the share.
+    """Return whether the highest cell lies in the mask, 1 or 0; for several highest cells, their share.
 
     (Zhang 2016, arXiv 1608.00507.)
     """
@@ -134,7 +134,7 @@ def pointing_game(maps: Maps, masks: Masks) -> Floats:
 def relevance_mass(maps: Maps, masks: Masks) -> Floats:
     """Return the share of the positive relevance that lies in the mask, 0 to 1 (Arras 2022, arXiv 2003.07258).
 
-    NaN also where nothing is positive. By chance it is the mask's share of the area.
+    It is NaN, too, if nothing is positive. By chance, it is the mask's share of the area.
     """
     flat, inside = _flat(maps, masks)
     positive = np.maximum(flat, 0).astype(np.float64)
@@ -146,7 +146,7 @@ def relevance_mass(maps: Maps, masks: Masks) -> Floats:
 def relevance_rank(maps: Maps, masks: Masks) -> Floats:
     """Return the share of the n highest cells that lie in a mask of n cells, 0 to 1 (Arras 2022, arXiv 2003.07258).
 
-    Cells that tie at the n-th place count as if drawn at random. By chance it is the mask's share of the area.
+    Cells that tie for the n-th place count as if drawn at random. By chance, it is the mask's share of the area.
     """
     flat, inside = _flat(maps, masks)
     size = inside.sum(axis=1)
@@ -158,7 +158,7 @@ def relevance_rank(maps: Maps, masks: Masks) -> Floats:
 
 
 def auroc(maps: Maps, masks: Masks) -> Floats:
-    """Return the chance that a cell of the mask is higher than one outside it, ties counting half; 0.5 by chance."""
+    """Return the probability that a cell in the mask is higher than one outside, ties counting half; 0.5 by chance."""
     flat, inside = _flat(maps, masks)
     size = inside.sum(axis=1).astype(np.float64)
     others = inside.shape[1] - size
@@ -167,9 +167,9 @@ def auroc(maps: Maps, masks: Masks) -> Floats:
 
 
 def iou(maps: Maps, masks: Masks, threshold: float = 0.0) -> Floats:
-    """Return the intersection over union of the mask and of where the map is above `threshold`, 0 to 1.
+    """Return the intersection over union of the mask and the area where the map is above `threshold`, 0 to 1.
 
-    Above 0 a raw map speaks for the class; of methods that are never negative, name a threshold.
+    Above 0, a raw map is evidence for the class; for methods that are never negative, give a threshold.
     """
     flat, inside = _flat(maps, masks)
     above = flat > threshold
@@ -186,7 +186,7 @@ PLAUSIBILITY: dict[str, Callable[[Maps, Masks], Floats]] = {
 
 
 def chance(masks: Masks) -> Floats:
-    """Return what pointing game, mass and rank are by chance: the share of the area [P] that the mask has."""
+    """Return the value of pointing game, mass and rank by chance: the mask's share of the area [P]."""
     share: Floats = masks.reshape(len(masks), -1).mean(axis=1)
     return share
 

@@ -1,6 +1,6 @@
 """Does the map depend on what the model has learned, and has it learned anything?
 
-Weights are made random, and maps and answers compared with those of the trained model, see
+Weights are randomised, and maps and answers are compared with those of the trained model, see
 `wsi_gradcam.audit.measures.sanity`.
 """
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 ORDERS: tuple[Order, ...] = ("top_down", "bottom_up", "independent")
 SMOOTH = 8  # noisy copies of a patch in smooth randomisation
-STAYING = 0.25  # of the maps: a quarter that ignores the model is too many; of chance none are left
-RARE = 0.02  # an untrained model that is said to have learned something is the worst error of all
+STAYING = 0.25  # share of the maps: a quarter that ignores the model is too many; by chance it is zero
+RARE = 0.02  # saying that an untrained model has learned something is the worst error of all
 COPIES = "random copies"
 
 STAYING_MAPS = Measure("staying_maps", "maps that stay the same with random weights", "share")
@@ -60,7 +60,7 @@ SMOOTHED = Measure("smoothed_spearman", "spearman with all weights random, avera
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stages:
-    """Likeness of maps to those of the trained model, [N, stages] each: see `measures.sanity.Stage`."""
+    """Similarity of maps to those of the trained model, [N, stages] each: see `measures.sanity.Stage`."""
 
     complexity: Floats
     constant: Floats
@@ -80,7 +80,7 @@ class Sanity:
 
     Attributes:
         answers: [N, draws, K] logits of random copies of the model.
-        draws: [N, draws] of the maps that stay, by method: see `measures.sanity.staying_maps`.
+        draws: [N, draws] maps that stay, by method: see `measures.sanity.staying_maps`.
         stages: by method and order.
         smoothed: [N] rank correlation with all weights random, maps averaged over noisy copies, by method.
     """
@@ -92,10 +92,10 @@ class Sanity:
 
 
 def measure(batch: Batch) -> Sanity | None:
-    """Measure likeness to maps of models with random weights, by stage and altogether; None if not in depth.
+    """Measure the similarity to maps of models with random weights, by stage and in all; None if not in depth.
 
-    The answers of random copies stand beside, to tell whether the model has learned anything; and guided
-    backpropagation, which must fail, where the model has it.
+    It also measures the answers of random copies, which show whether the model has learned anything, and guided
+    backpropagation, which must fail, if the model supports it.
     """
     if not batch.in_depth:
         return None
@@ -105,7 +105,7 @@ def measure(batch: Batch) -> Sanity | None:
     cheap = [method for method in batch.methods if method not in EXPENSIVE]
     draws = {name: _draws(batch, name, DRAWS if name in cheap else DRAWS // 2) for name in batch.methods}
     if GUIDED not in batch.methods:
-        with suppress(ModelError):  # no ReLU, several layers: what could not be tested is told by its absence
+        with suppress(ModelError):  # no ReLU, several layers: its absence shows that it could not be tested
             draws[GUIDED] = _draws(batch, GUIDED, DRAWS // 2)
     return Sanity(
         answers=answers.transpose(0, 1).float().cpu().numpy(),
@@ -146,8 +146,8 @@ def _smoothed(batch: Batch, method: str) -> Floats:
 def answer_spread(logits: NDArray[np.floating]) -> Floats:
     """Return how much the evidence of patches differs: its standard deviation [...] over logits [..., P, K].
 
-    Evidence is the logits less their mean over the classes, which no probability depends on; of all classes together.
-    Of a single logit, it is that.
+    Evidence is the logits minus their mean over the classes, on which no probability depends, for all classes together.
+    For a single logit, it is the logit.
     """
     values = np.asarray(logits, np.float64)
     if values.shape[-1] > 1:
@@ -157,7 +157,7 @@ def answer_spread(logits: NDArray[np.floating]) -> Floats:
 
 
 def share_staying(draws: Floats) -> Floats:
-    """Return the mean [N] of maps that stay over draws [N, draws]; NaN where no draw tells."""
+    """Return the mean [N] of maps that stay over draws [N, draws]; NaN if no draw shows it."""
     known = np.isfinite(draws)
     total: Floats = np.where(known, draws, 0).sum(axis=1)
     mean: Floats = np.divide(total, known.sum(axis=1), out=np.full(len(draws), np.nan), where=known.any(axis=1))
@@ -165,7 +165,7 @@ def share_staying(draws: Floats) -> Floats:
 
 
 def assess(findings: Findings, scope: Scope) -> None:
-    """Add likeness to maps of randomised models, a verdict for each method, and one on the model's learning."""
+    """Add the similarity to maps of randomised models, a verdict for each method, and one on what was learned."""
     data = findings.measurements
     if (found := data.of(Sanity)) is None:
         return
@@ -186,7 +186,7 @@ def assess(findings: Findings, scope: Scope) -> None:
 
 
 def _add_answers(findings: Findings, found: Sanity) -> None:
-    """Add whether the model's answers tell these patches apart more than those of its random copies do."""
+    """Add whether the model's answers distinguish these patches better than those of its random copies."""
     data = findings.measurements
     own = float(answer_spread(data.patches.logits))
     others = answer_spread(np.moveaxis(found.answers, 1, 0))
@@ -216,9 +216,10 @@ def _add_stages(findings: Findings, method: str, order: str, stages: Stages) -> 
 
 
 def depends_on_weights(staying: Estimate) -> Verdict:
-    """Return whether the map follows what the model has learned: the share of the maps that stay with random weights.
+    """Return whether the map depends on what the model has learned: the share of maps that stay with random weights.
 
-    Less those that turn into their opposite, see `wsi_gradcam.audit.measures.sanity.staying_maps`: 0 is chance.
+    Those that flip into their opposite are subtracted, see `wsi_gradcam.audit.measures.sanity.staying_maps`: 0 is
+    chance.
     """
     question = "Does the map depend on what the model has learned?"
     evidence = {"maps that stay the same": staying}
@@ -236,11 +237,11 @@ def depends_on_weights(staying: Estimate) -> Verdict:
 
 
 def has_learned(spread: float, of_random: ArrayLike, unit: Unit = "patch") -> Verdict:
-    """Return whether answers to these patches, or slides, differ by more than those of random copies of the model do.
+    """Return whether answers to these patches, or slides, differ more than those of random copies of the model.
 
     Args:
         spread: `answer_spread` of the model.
-        of_random: [draws] the same of its copies with random weights; 49 or more, or nothing can be told.
+        of_random: [draws] the same for its copies with random weights; with fewer than 49, nothing can be said.
     """
     units = "patches" if unit == "patch" else "slides"
     question = f"Has the model learned to tell these {units} apart?"
@@ -259,7 +260,7 @@ def has_learned(spread: float, of_random: ArrayLike, unit: Unit = "patch") -> Ve
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """Return likeness as layers become random, and the maps that stay."""
+    """Return figures of the similarity as layers become random, and of the maps that stay."""
     description = "Likeness of maps to those of the trained model as layers become random, from the head down"
     found: list[Figure] = []
     for name, title, y_name, chance in (
@@ -290,7 +291,7 @@ def figures(metrics: Metrics) -> list[Figure]:
 
 
 def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
-    """Return guided backpropagation, where the model does not have it."""
+    """Return guided backpropagation, if the model does not support it."""
     found = data.of(Sanity)
     if found is not None and GUIDED in found.draws:
         return []

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-GIVEN = " (given)"  # ends the names of suspects that somebody has drawn
+GIVEN = " (given)"  # ending of the names of suspects that somebody has drawn
 SUSPECT_WORDS = {PEN: "ink", GLASS: "bare glass", BLUR: "blurred areas", BORDER: "the patch border"}
-HIDEABLE = (0.02, 0.9)  # shares of a patch between which a suspect can be hidden, with as much elsewhere
+HIDEABLE = (0.02, 0.9)  # shares of a patch between which a suspect can be hidden, and as much elsewhere
 
 SHOWN = Measure("suspect_shown", "patches that show it", "share", of="{suspect}")
 AREA = Measure("suspect_area", "share of the area", "share", of="{suspect}")
@@ -58,12 +58,13 @@ class Shortcuts:
     """Suspects on patches, [N] each by suspect: see `measures.shortcuts`.
 
     Attributes:
-        share: of the patch.
-        area: share of the area that maps have; NaN where the suspect is not shown.
-        mass: of the positive attribution on the suspect, by method; NaN likewise.
-        change, size: of the explained scalar without the suspect, signed and absolute; NaN where it cannot be hidden.
-        flips: 1 where another class is predicted without it.
-        control_size, control_flips: the same of equal areas elsewhere.
+        share: share of the patch.
+        area: share of the area covered by maps; NaN if the suspect is not shown.
+        mass: share of the positive attribution on the suspect, by method; NaN likewise.
+        change, size: change of the explained scalar without the suspect, signed and absolute; NaN if it cannot be
+            hidden.
+        flips: 1 if another class is predicted without it.
+        control_size, control_flips: the same for equal areas elsewhere.
     """
 
     share: Mapping[str, Floats] = stored("shortcuts/{}/share")
@@ -78,7 +79,7 @@ class Shortcuts:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class GlassCalls:
-    """Classes predicted for bare glass of a slide: the share [K] of patches of it by class."""
+    """Classes predicted for a slide's bare glass: the share [K] of patches of it by class."""
 
     called: Floats = stored("slide/glass_called")
 
@@ -154,7 +155,7 @@ def _add_suspect(findings: Findings, suspect: str, found: Shortcuts, scope: Scop
 
 
 def _add_hiding(findings: Findings, suspect: str, found: Shortcuts) -> None:
-    """Add what hiding a suspect does."""
+    """Add the effects of hiding a suspect."""
     sizes, flips = (
         (found.size[suspect], found.control_size[suspect]),
         (found.flips[suspect], found.control_flips[suspect]),
@@ -168,7 +169,7 @@ def _add_hiding(findings: Findings, suspect: str, found: Shortcuts) -> None:
 
 
 def _add_glass(findings: Findings, scope: Scope) -> None:
-    """Add what the slides' bare glass is called, in the mean over slides."""
+    """Add the classes predicted for bare glass, averaged over slides."""
     by_slide = findings.measurements.of_slides(GlassCalls)
     slides = np.array(list(by_slide), object).astype(np.str_)
     for number, label in enumerate(scope.classes if by_slide else ()):
@@ -180,7 +181,7 @@ def _add_glass(findings: Findings, scope: Scope) -> None:
 
 
 def suspect_words(suspect: str) -> str:
-    """Return what a suspect is called in a sentence.
+    """Return the words for a suspect in a sentence.
 
     >>> suspect_words("pen"), suspect_words("ruler (given)")
     ('ink', '“ruler”')
@@ -193,9 +194,9 @@ def free_of(suspect: str, drop: Comparison, flips: Comparison, unit: Unit = "pat
 
     Args:
         suspect: in words, such as "ink".
-        drop: size of the logit's change with the suspect hidden, against equal areas.
+        drop: size of the logit's change when the suspect is hidden, against equal areas.
         flips: whether the predicted class changes (0 or 1), against its share for equal areas.
-        unit: of which it is: a patch in which it is hidden, or a slide from which patches with it are removed.
+        unit: a patch in which it is hidden, or a slide from which patches with it are removed.
     """
     units, hiding = ("patches", "hiding") if unit == "patch" else ("slides", "removing")
     as_much, whose = f"{hiding} an equal area elsewhere", "" if unit == "patch" else "slide's "
@@ -217,7 +218,7 @@ def free_of(suspect: str, drop: Comparison, flips: Comparison, unit: Unit = "pat
 
 
 def quiet_on_glass(name: str, called: Estimate) -> Verdict:
-    """Return whether bare glass is not called by a class: the share of patches of glass that are called `name`.
+    """Return whether bare glass is not given a class: the share of glass patches that are predicted as `name`.
 
     Args:
         name: a class of tissue, such as "tumour".
@@ -234,7 +235,7 @@ def quiet_on_glass(name: str, called: Estimate) -> Verdict:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """Return the attribution on each suspect beside its share of the area, which chance would give it."""
+    """Return a figure of the attribution on each suspect beside its share of the area, its value by chance."""
     rows: list[tuple[str, EstimateRow]] = []
     for row in metrics.estimates:
         if row.suspect is None or row.value is None:
@@ -249,7 +250,7 @@ def figures(metrics: Metrics) -> list[Figure]:
 
 
 def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
-    """Return bare glass, where no class is the positive one."""
+    """Return bare glass, if no class is the positive one."""
     if scope.positive:
         return []
     why = "which class is the positive one is not known; name it with --target"

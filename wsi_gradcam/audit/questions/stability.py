@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CHANGES = ("noise", "stain", "jpeg")
 SHIFT = "shift"
 REPEATS = 2
-OFTEN = 0.05  # of the slides: if more answers change, they are too many
+OFTEN = 0.05  # share of the slides: if more answers change, that is too many
 CHANGE_WORDS = {
     "noise": "noise",
     "stain": "stain variation",
@@ -58,9 +58,9 @@ class Stability:
     """Changes of answers and maps, by change of the patch and method; see `measures.changes.Moves`.
 
     Attributes:
-        answers: of a change.
-        noise_as_strong: the same of noise that moves pixels as far.
-        map_change: [N] relative; also of a shift of the grid.
+        answers: changes of answers, by change.
+        noise_as_strong: the same for noise that changes pixels equally strongly.
+        map_change: [N] relative change of the map, including that for a shift of the grid.
         other_patch: [N] relative change to the map of another patch.
     """
 
@@ -73,7 +73,7 @@ class Stability:
 
 
 def measure(batch: Batch) -> Stability:
-    """Measure changes of answers and maps with noise, stain, JPEG, and the grid of patches."""
+    """Measure changes of answers and maps with noise, stain, JPEG, and the patch grid."""
     from wsi_gradcam.audit.measures.changes import CHANGE_FUNCTIONS, as_strong_noise, moves
 
     cheap = [method for method in batch.methods if method not in EXPENSIVE]
@@ -85,7 +85,7 @@ def measure(batch: Batch) -> Stability:
     other_patch: dict[str, dict[str, Floats]] = {}
     for name in CHANGES:
         change = CHANGE_FUNCTIONS[name]
-        moved = {method: moving(change, method) for method in cheap or ["gradcam"]}  # answers move whatever the method
+        moved = {method: moving(change, method) for method in cheap or ["gradcam"]}  # answers: for every method alike
         first = next(iter(moved))
         answers[name] = AnswerChange(logit_change=moved[first].logit_change, flips=moved[first].flips)
         map_change[name] = {method: moved[method].map_change for method in cheap}
@@ -98,12 +98,12 @@ def measure(batch: Batch) -> Stability:
 
 
 def _of_others(changes: Floats, count: int) -> Floats:
-    """Return changes to the map of another patch; NaN where there is one patch alone, the others being its copies."""
+    """Return changes to the map of another patch; NaN if there is only one patch and the others are its copies."""
     return changes if count > 1 else np.full_like(changes, np.nan)
 
 
 def _shift_changes(batch: Batch, methods: list[str]) -> dict[str, Floats]:
-    """Return the change of the map where the grid of patches begins elsewhere; none where nothing is round a patch."""
+    """Return the change of the map if the patch grid begins elsewhere; none if there is nothing around a patch."""
     from wsi_gradcam.audit.measures.changes import shift_change
 
     wide = batch.data.wide
@@ -145,7 +145,7 @@ def _add_answers(findings: Findings, change: str, found: Stability) -> None:
 def _add_maps(findings: Findings, method: str, change: str, found: Stability) -> None:
     moved = found.map_change[change][method]
     findings.estimate(MAP_CHANGE, moved, method=method, change=change)
-    if change == SHIFT:  # another part of the tissue is seen: there is no bound to hold it to
+    if change == SHIFT:  # another part of the tissue is seen, so there is no limit to compare with
         return
     other = found.other_patch[change][method]
     share = np.divide(moved, other, out=np.full(len(moved), np.nan), where=np.isfinite(other) & (other > 0))
@@ -158,8 +158,8 @@ def robust_to(change: str, flips: Comparison, control: str) -> Verdict:
     """Return whether answers are stable under a change that occurs between slides, against a harmless one.
 
     Args:
-        change, control: in words.
-        flips: whether the predicted class changes (0 or 1 a patch), against the same with the control.
+        change, control: their words.
+        flips: whether the predicted class changes (0 or 1 per patch), against the same with the control.
     """
     question = f"Is the answer stable under {change}?"
     evidence = {"changed answers": flips}
@@ -176,7 +176,7 @@ def robust_to(change: str, flips: Comparison, control: str) -> Verdict:
 def steady(change: str, share: Estimate) -> Verdict:
     """Return whether a map is stable when the patch changes: its change, relative to the map of another patch.
 
-    The limit is half of the difference to another patch: a map that changes more says little about this patch.
+    The limit is half of the difference from another patch: a map that changes more says little about this patch.
     """
     question = f"Is the map stable under {change}?"
     evidence = {"change, relative to another patch": share}
@@ -192,7 +192,7 @@ def steady(change: str, share: Estimate) -> Verdict:
 
 
 def lasting(change: str, flips: Estimate) -> Verdict:
-    """Return whether answers of slides are stable under a change: the share that changes, against one in twenty."""
+    """Return whether the answers for slides are stable under a change: the share that changes, against 1 in 20."""
     question = f"Is the slide's answer stable under {change}?"
     evidence, share = {"changed answers": flips}, percent(flips.value)
     if flips.low > OFTEN:
@@ -207,7 +207,7 @@ def lasting(change: str, flips: Estimate) -> Verdict:
 
 
 def keeps_order(ranks: Estimate) -> Verdict:
-    """Return whether a map is stable when features change: its worst rank correlation with the first, against 0.5."""
+    """Return whether a map is stable when features change: its worst rank correlation to the original against 0.5."""
     question = "Is the map stable under noise, rounding and the loss of half of the patches?"
     evidence = {"rank correlation": ranks}
     told = f"At worst, its ranks correlate with those of the original map by {ranks.value:.2f}"
@@ -219,7 +219,7 @@ def keeps_order(ranks: Estimate) -> Verdict:
 
 
 def figures(metrics: Metrics) -> list[Figure]:
-    """Return the changes of maps."""
+    """Return a figure of the changes of maps."""
     rows = [
         (f"{method_title(row.method or '')}: {change_title(row.change or '')}", row)
         for row in metrics.estimates
@@ -230,7 +230,7 @@ def figures(metrics: Metrics) -> list[Figure]:
 
 
 def untested(data: Measurements, scope: Scope) -> list[tuple[str, str]]:
-    """Return overlapping patches, where a run has none."""
+    """Return overlapping patches, if a run has none."""
     if scope.overlaps is not False:
         return []
     return [("where overlapping patches disagree", "the run's patches do not overlap; run explain with --overlap 0.5")]
