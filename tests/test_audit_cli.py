@@ -141,7 +141,7 @@ MARKERS = [(100, 100), (230, 230)]
 
 
 def test_annotations_make_it_plausible(run: Run, out: Path, tmp_path: Path) -> None:
-    """The markers of a.tif, drawn where they are: the marker model looks there, and its answer hangs on them."""
+    """The markers of a.tif, drawn where they are: the marker model looks there, and its answer depends on them."""
     draw(tmp_path / "drawn", {"marker": MARKERS})
     ask = ("--patches", "60", "--only", "faithfulness,plausibility", "--target", "marker")
     assert run("audit", out, *ask, "--annotations", tmp_path / "drawn")[0] == 0

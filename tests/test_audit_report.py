@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import re
 from html import escape
 from typing import Any, Unpack
@@ -12,18 +13,19 @@ import pytest
 from PIL import Image
 
 from tests.test_run_report import HOSTILE, Page
-from wsi_gradcam.audit.archive import drawn_labels
 from wsi_gradcam.audit.metrics import QUADRANTS
 from wsi_gradcam.audit.questions import question_named
 from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SCORE, WAYS, Way
 from wsi_gradcam.audit.questions.gradients import LIKE_LEAKY
 from wsi_gradcam.audit.questions.shortcuts import AREA, ATTRIBUTION
 from wsi_gradcam.audit.report.figures import (
+    DrawnSlide,
     Example,
     colour_scale,
     curves_figure,
     examples_of,
     intervals_figure,
+    outline_colours,
     overlay,
     scale_of,
 )
@@ -49,6 +51,7 @@ from wsi_gradcam.audit.schema import (
     map_keys,
     row_title,
 )
+from wsi_gradcam.tissue.annotations import drawn_labels
 
 WORTH = Measure("worth", "agreement with the gradient's prediction")
 
@@ -376,24 +379,41 @@ def test_examples_are_of_readable_patches() -> None:
     ]
     assert found[0].map.tolist() == [[16.0, 16.0], [16.0, 16.0]]
     assert found[0].curves == {}
-    assert not found[0].is_drawn_on
+    assert found[0].outlined == []
     annotated = np.zeros((3, 4, 4), np.bool_)
     annotated[2, :, :2] = True
-    drawn = drawn_labels(annotated, {"pen": annotated.swapaxes(1, 2)})
-    assert drawn is not None
-    assert drawn[2].tolist() == [[1, 1, 2, 2]] * 2 + [[1, 1, 0, 0]] * 2
-    assert drawn_labels(None, {}) is None
-    outer, inner = examples_of({**numbers, "shown/drawn": drawn}, "a.svs", "gradcam", 16, ("other", "tumour"))
-    assert (outer.is_drawn_on, inner.is_drawn_on) == (True, False)
-    lines = {"green": (0x4D, 0xE2, 0xA0), "orange": (0xFF, 0xB0, 0x00)}
-    for picture in outer.pictures(1.0):
-        assert "outlines" in picture.description
+    bits, names = drawn_labels({"tumour": annotated, "stroma": ~annotated & False}, {"pen": annotated.swapaxes(1, 2)})
+    assert bits[2].tolist() == [[5, 5, 4, 4]] * 2 + [[1, 1, 0, 0]] * 2  # both, where both are
+    assert json.loads(names) == ["tumour", "stroma", "region: pen"]
+    stored = {"shown/drawn": bits, "shown/drawn_names": np.array([names] * 3)}
+    outer, inner = examples_of({**numbers, **stored}, "a.svs", "gradcam", 16, ("other", "tumour"))
+    assert (outer.outlined, inner.outlined) == (["tumour", "region: pen"], [])
+    colours = outline_colours(outer.names)
+    lines = [tuple(bytes.fromhex(colours[name][1:])) for name in outer.outlined]
+    assert len(set(lines)) == 2
+    for picture in outer.pictures(1.0, colours):
+        assert "outlines of tumour, region: pen" in picture.description
         with Image.open(io.BytesIO(picture.png)) as image:
             seen = {colour for _, colour in image.getcolors() or ()}
-        assert set(lines.values()) <= seen
-    assert outer.pictures(1.0)[0].png != inner.pictures(1.0)[0].png
-    page, _ = read(archive_page(metrics(), [], [outer], 1.0))
-    assert "Outlines: green, annotated" in page.text
+        assert set(lines) <= seen
+    assert outer.pictures(1.0, colours)[0].png != inner.pictures(1.0, colours)[0].png
+    page, text = read(archive_page(metrics(), [], [outer, inner], 1.0))
+    assert "Outlines: annotated classes, and regions" in page.text
+    assert "region: pen" in page.text
+    assert "stroma" not in page.text  # none of the examples shows it
+    assert text.count(f"background: {colours['tumour']}") == 1
+    old = {"shown/drawn": np.array([[[0, 1], [2, 2]]] * 3, np.uint8)}  # of an audit by an older version
+    assert examples_of({**numbers, **old}, "a.svs", "gradcam", 16, ("other", "tumour"))[0].outlined == [
+        "annotated",
+        "region: given",
+    ]
+    arrays = {**numbers, "shown/slide": np.full((1, 8, 8, 3), 90, np.uint8)}
+    assert DrawnSlide.of(arrays, "a.svs") is None
+    arrays |= {"shown/slide_drawn": np.eye(8, dtype=np.uint32)[None], "shown/slide_names": np.array([names])}
+    slide = DrawnSlide.of(arrays, "a.svs")
+    assert slide is not None
+    _, text = read(slide_page(metrics(slide="a.svs"), [outer], 1.0, None, slide))
+    assert 'alt="a.svs: outlines of tumour"' in text
     numbers["base/readable"][:] = 0
     assert examples_of(numbers, "a.svs", "gradcam", 16, ("other", "tumour")) == []
     page, _ = read(archive_page(metrics(), [], [], 1.0))

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from wsi_gradcam.audit.archive import Candidate, draw_sample
-from wsi_gradcam.audit.batch import probability_maps
+from wsi_gradcam.audit.measures.subject import probability_maps
 from wsi_gradcam.audit.plan import BATCH_SIZE, FEWEST_DEEP, AuditSettings, SlideSample, deep_patches, patch_seeds
 from wsi_gradcam.errors import ConfigError
 from wsi_gradcam.inputs.find import SlideEntry

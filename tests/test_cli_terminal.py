@@ -24,7 +24,7 @@ from wsi_gradcam.cli import terminal
 from wsi_gradcam.cli.main import main
 from wsi_gradcam.cli.terminal import MAX_WORKERS_LISTED, Lines, pace
 from wsi_gradcam.run.progress import Progress
-from wsi_gradcam.run.types import Performed, Task
+from wsi_gradcam.run.types import Part, Performed, Task
 from wsi_gradcam.run.workload import EXPLAIN
 
 
@@ -51,6 +51,15 @@ def test_the_pace_of_each_worker_of_a_few() -> None:
     progress = at_work(2)
     assert pace(progress, whole=True).endswith(", workers host:0 2/s, host:1 2/s")
     assert "workers" not in pace(progress)
+
+
+def test_a_pass_of_several_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = Lines()
+    lines.progress = at_work(1)
+    lines.part_began(Part(2, 3, "sorting cells"), 3, 480)
+    assert capsys.readouterr().err == "pass 2 of 3, sorting cells: 3 slides, 480 patches\n"
+    explained(lines.progress, 0, 120, "host:0", seconds=100)
+    assert pace(lines.progress, whole=True).startswith("pass 2 of 3, sorting cells: 120 of 480 patches, ")
 
 
 def test_many_workers_are_counted() -> None:

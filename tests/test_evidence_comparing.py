@@ -15,7 +15,6 @@ from wsi_gradcam.evidence import EvidenceFolder
 from wsi_gradcam.evidence.clusters import Choice, Kinds, Trial
 from wsi_gradcam.evidence.comparing import OtherEvidence, carry_names, compare_evidence, directions, kept_names
 from wsi_gradcam.evidence.findings import Evidence, Facts, find
-from wsi_gradcam.evidence.running import read_names
 from wsi_gradcam.evidence.tables import Tally
 from wsi_gradcam.io.paths import storage_path
 
@@ -59,20 +58,20 @@ def test_a_kind_of_the_other_side_or_of_another_layer_has_no_name(before: Kinds)
 
 def test_the_file_of_names_follows_the_numbers(tmp_path: Path, before: Kinds, now: Kinds) -> None:
     folder = EvidenceFolder(storage_path(tmp_path))
-    assert carry_names(folder, before, read_names) == {}
+    assert carry_names(folder, before) == {}
     text = "1: nuclei\n2: ink\n3: stroma\n"
     (tmp_path / "names.yaml").write_text(text, encoding="utf-8")
-    assert carry_names(folder, before, read_names) == {1: "nuclei", 2: "ink", 3: "stroma"}
+    assert carry_names(folder, before) == {1: "nuclei", 2: "ink", 3: "stroma"}
     expected = {1: "stroma (unsure)", 2: "nuclei"}
-    assert carry_names(folder, now, read_names) == expected
+    assert carry_names(folder, now) == expected
     written = (tmp_path / "names.yaml").read_text(encoding="utf-8")
     assert '# was 2, and no cluster is like it now: "ink"' in written
-    assert carry_names(folder, now, read_names) == expected
+    assert carry_names(folder, now) == expected
     (tmp_path / "names.yaml").write_text(text, encoding="utf-8")  # as if killed before it was written
-    assert carry_names(folder, now, read_names) == expected
+    assert carry_names(folder, now) == expected
     (tmp_path / "names.yaml").write_text("1: stroma\n", encoding="utf-8")  # what the user writes stays
-    assert carry_names(folder, now, read_names) == {1: "stroma"}
-    assert carry_names(folder, before, read_names) == {3: "stroma (unsure)"}
+    assert carry_names(folder, now) == {1: "stroma"}
+    assert carry_names(folder, before) == {3: "stroma (unsure)"}
 
 
 def evidence_of(kinds: Kinds, model: str) -> Evidence:

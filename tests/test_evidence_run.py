@@ -32,6 +32,7 @@ from wsi_gradcam.export import export
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.marks import Marks, make_mark
+from wsi_gradcam.run.status import observe
 
 DOCS = ROOT / "docs"
 SLIDES, MARKED = 30, 5
@@ -72,6 +73,20 @@ def test_the_marker_of_a_site_is_the_first_finding(out: Path) -> None:
     assert shortcut.covering is not None
     assert shortcut.covering.difference.high is not None
     assert shortcut.covering.difference.high < 0
+
+
+def test_its_status_counts_the_last_pass(out: Path) -> None:
+    (seen,) = observe(out)
+    assert seen.evidence is not None
+    assert seen.evidence.status is not None
+    numbers = seen.evidence.status.numbers
+    assert numbers.part is not None
+    assert (numbers.part.number, numbers.part.of, numbers.part.name) == (3, 3, "covering clusters")
+    assert numbers.part.done == numbers.part.patches > 0
+    assert numbers.patches.done == numbers.patches.expected == 2 * read(out).patches + numbers.part.patches
+    page = (out / "evidence" / "run.html").read_text(encoding="utf-8")
+    assert "patches looked at, in all passes" in page
+    assert "../000.tif/overview.png" in page
 
 
 def test_shares_of_each_side_and_of_the_area_are_at_most_one(out: Path) -> None:

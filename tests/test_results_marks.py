@@ -275,5 +275,7 @@ def test_marks_that_are_exported_are_regions_of_an_audit(out: Path, tmp_path: Pa
     metrics = json.loads((out / "audit" / "metrics.json").read_text(encoding="utf-8"))
     assert "artefact (given)" in {row["suspect"] for row in metrics["verdicts"] if row["question"] == "shortcuts"}
     page = (out / "audit" / SLIDE / "report.html").read_text(encoding="utf-8")
-    assert "Outlines: green, annotated; orange, a region that should not decide." in page
+    assert "Outlines: annotated classes, and regions that should not decide." in page
+    assert page.count("region: artefact</li>") == 2  # of the slide, and of the examples
+    assert f'alt="{SLIDE}: outlines of region: artefact"' in page
     shutil.rmtree(out / "audit")

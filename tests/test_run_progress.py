@@ -13,7 +13,7 @@ from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
 from wsi_gradcam.run.progress import BINS, CAUSES, NAMED, SLOWEST, Progress, Throughput
 from wsi_gradcam.run.status import FailureCause, RunNumbers
-from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
+from wsi_gradcam.run.types import Part, Performed, Planned, Processed, SlideRecord, Task
 from wsi_gradcam.run.workload import EXPLAIN, PLAN, STITCH
 from wsi_gradcam.system.processes import format_duration
 
@@ -197,3 +197,26 @@ def test_durations_are_right_to_their_last_unit(seconds: float) -> None:
     units = parts[1::2]
     value = sum(int(count) * sizes[unit] for count, unit in zip(parts[::2], units, strict=True))
     assert value <= round(seconds) < value + sizes[units[-1]]
+
+
+def test_passes_over_the_slides_are_counted_one_by_one() -> None:
+    clock = Clock()
+    progress = Progress(clock)
+    progress.begin(2, patches=30)
+    assert progress.numbers().part is None
+    for number, (name, patches) in enumerate((("measuring", 30), ("sorting", 30), ("covering", 12))):
+        progress.begin_part(Part(number + 1, 3, name), patches)
+        clock.now += 10
+        explained(progress, 0, 10)
+        assert progress.passes == (10, patches)
+        part = progress.numbers().part
+        assert (str(part), part and (part.done, part.patches)) == (f"pass {number + 1} of 3, {name}", (10, patches))
+        assert progress.left_s() == pytest.approx((patches - 10) / progress.rate())
+        explained(progress, 0, patches - 10)
+        if number == 0:
+            progress.slide_done(record(0))
+            progress.slide_done(record(1))
+    numbers = progress.numbers()
+    assert (numbers.patches.done, numbers.patches.expected) == (72, 72)
+    assert numbers.slides.done == 2
+    assert RunNumbers.from_json(json.loads(json.dumps(numbers.to_json()))) == numbers

@@ -131,6 +131,24 @@ def test_ends_and_what_to_do(tmp_path: Path) -> None:
     assert "again" not in shown(only(tmp_path))
 
 
+def test_the_search_for_evidence_is_told_beside_the_run_and_alone(tmp_path: Path) -> None:
+    leave(tmp_path, failures=[])
+    (tmp_path / "evidence").mkdir()
+    part = {"number": 2, "of": 3, "name": "sorting cells into clusters", "done": 120, "patches": 480}
+    leave(tmp_path / "evidence", work="evidence", state=RunState.RUNNING, failures=[], part=part)
+    holder = Holder("mine", HERE, "2026-01-01T00:00:00Z", 3, "evidence")
+    (tmp_path / CLAIM).write_bytes(holder.to_bytes())
+    both, alone = only(tmp_path), only(tmp_path / "evidence")
+    assert both.evidence == alone
+    assert (both.state, both.is_active, alone.state) == (RunState.FINISHED, True, RunState.RUNNING)
+    line = "  pass      2 of 3, sorting cells into clusters: 120 of 480 patches"
+    assert line in shown(both).split("\n")
+    assert line in shown(alone).split("\n")
+    assert both.to_json()["evidence"]["part"] == part
+    (tmp_path / CLAIM).unlink()
+    assert (only(tmp_path).is_well, only(tmp_path / "evidence").state) == (False, RunState.KILLED)
+
+
 def test_many_workers_are_not_all_listed(tmp_path: Path) -> None:
     worker = asdict(told_by().numbers.workers["node1:7"])
     leave(tmp_path, HERE, state=RunState.RUNNING, workers={f"node{i}:1": worker for i in range(40)})

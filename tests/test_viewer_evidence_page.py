@@ -21,12 +21,15 @@ from tests.evidence_runs import explained, model_file, of_nuclei_and_marker, wri
 from tests.test_viewer_gallery_page import check
 from tests.test_viewer_tools_page import looks, resized
 from tests.viewer_browser import browser, open_page, settled
-from tests.viewer_runs import Served, client, facts_of, served
+from tests.viewer_runs import BASE, Served, client, facts_of, served
 from wsi_gradcam import evidence_run
 from wsi_gradcam.evidence.findings import Evidence
 from wsi_gradcam.evidence.labels import open_clusters
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.results.run import open_result
+from wsi_gradcam.viewer.app import make_app
+from wsi_gradcam.viewer.archive import Archive
+from wsi_gradcam.viewer.serve import Access
 
 SLIDES, MARKED = 10, 3
 
@@ -77,11 +80,10 @@ def test_clusters_and_their_patches_are_those_of_the_tables(out: Path, evidence:
         assert (facts["sites"], facts["target"]) == (["north", "south"], "tumour")
         number = marker(evidence)
         expected: dict[tuple[str, int], float] = {}
-        for table in (out / "evidence").rglob("places.parquet"):
+        for table in (out / "evidence").rglob("patches.parquet"):  # all cells of each patch, not those that were drawn
             for row in parquet.read_table(table).to_pylist():
-                if row["cluster"] == number:
-                    key = (table.parent.name, row["patch"])
-                    expected[key] = expected.get(key, 0.0) + row["contribution"]
+                if row[f"evidence_{number}"]:
+                    expected[table.parent.name, row["patch"]] = row[f"evidence_{number}"]
         found = server.get(f"/api/evidence/{number}").json()
         assert found["found"] == len(expected)
         assert {(one["slide"], one["number"]): one["value"] for one in found["patches"]} == pytest.approx(expected)
@@ -97,6 +99,89 @@ def test_clusters_and_their_patches_are_those_of_the_tables(out: Path, evidence:
         assert server.get("/files/evidence/report.html").status_code == 200
 
 
+def test_without_tables_of_patches_the_places_tell(out: Path, evidence: Evidence, tmp_path: Path) -> None:
+    """As after `evidence --skip-labels`."""
+    copy = shutil.copytree(
+        out, tmp_path / "copy", ignore=lambda _, names: [n for n in names if n == "clusters.ome.zarr"]
+    )
+    number = marker(evidence)
+    expected: dict[tuple[str, int], float] = {}
+    for table in (copy / "evidence").rglob("places.parquet"):
+        table.with_name("patches.parquet").unlink()
+        for row in parquet.read_table(table).to_pylist():
+            if row["cluster"] == number:
+                key = (table.parent.name, row["patch"])
+                expected[key] = expected.get(key, 0.0) + row["contribution"]
+    with client(copy) as server:
+        collected(server)
+        found = server.get(f"/api/evidence/{number}").json()["patches"]
+        assert {(one["slide"], one["number"]): one["value"] for one in found} == pytest.approx(expected)
+
+
+HERE = {"Origin": BASE, "Sec-Fetch-Site": "same-origin"}
+
+
+def test_clusters_are_named_and_no_name_is_lost(out: Path, evidence: Evidence, tmp_path: Path) -> None:
+    copy, number = shutil.copytree(out, tmp_path / "copy"), marker(evidence)
+    place = copy / "evidence" / "names.yaml"
+    others = [kind.number for kind in evidence.kinds if kind.number != number]
+    before = f"# of the tumour board\n{others[0]}: stroma  # to be looked at\n"
+    place.write_text(before, encoding="utf-8")
+
+    def rename(server: TestClient, called: str, was: str, cluster: int = number, **more: Any) -> Any:
+        given = {"cluster": cluster, "name": called, "was": was, "state": state} | more
+        answer = server.post("/api/names", json=given, headers=HERE)
+        return answer.json().get("error") or answer.json()["name"]
+
+    with client(copy) as first, client(copy) as second:
+        facts = collected(first)
+        state = facts["state"]
+        assert facts["can_name"]
+        assert rename(first, " Green squares ", "") == "Green squares"
+        assert rename(second, "ink", "") == "Green squares"  # as the first has called it by now
+        assert rename(second, "nuclei", "", cluster=others[1]) == "nuclei"
+        for wrong in ("two\nlines", "x" * 101):
+            assert "one line" in rename(first, wrong, "Green squares")
+        assert "found anew" in rename(first, "x", "Green squares", state="of before")
+        assert "found anew" in rename(first, "x", "", cluster=99)
+        assert "given to a cluster" in rename(first, "x", "", name=None)
+        text = place.read_text(encoding="utf-8")
+        assert text == f'{before}{number}: "Green squares"\n{others[1]}: "nuclei"\n'
+        facts = second.get("/api/evidence").json()
+        called = {one["number"]: one["label"] for one in facts["clusters"]}
+        assert called[number] == "Green squares"
+        words = next(one["words"] for one in facts["findings"] if one["cluster"] == number)
+        assert words.startswith(f"“Green squares” (cluster {number}) looks like a shortcut: ")
+        assert "Green squares" in facts_of(second, "000.tif")["clustered"]["classes"]
+        assert rename(second, "", "Green squares") == ""
+        assert place.read_text(encoding="utf-8") == text.replace(f'{number}: "Green squares"\n', "")
+        place.write_text("nonsense\n", encoding="utf-8")
+        assert "NUMBER: NAME" in rename(first, "x", "")
+        assert first.get("/api/evidence").json()["clusters"]  # it hides nothing
+
+
+def test_names_are_written_by_whom_marks_are(out: Path, evidence: Evidence, tmp_path: Path) -> None:
+    copy = shutil.copytree(out, tmp_path / "copy")
+    archive = Archive(copy)
+    with TestClient(make_app(archive, Access.for_host("127.0.0.1", ""), read_only=True), base_url=BASE) as server:
+        facts = server.get("/api/evidence").json()
+        given = {"cluster": 1, "name": "nuclei", "was": "", "state": facts["state"]}
+        assert not facts["can_name"]
+        answer = server.post("/api/names", json=given, headers=HERE)
+        assert (answer.status_code, "--read-only" in answer.json()["error"]) == (400, True)
+    access = Access.for_host("0.0.0.0", "secret")
+    with TestClient(make_app(archive, access), base_url=BASE) as server:
+        bearer = {"Authorization": "Bearer secret"}
+        assert server.post("/api/names", json=given, headers=HERE).status_code == 401
+        assert server.post("/api/names", json=given, headers=bearer).status_code == 403  # no page of ours
+        away = {**bearer, "Origin": "https://elsewhere.example"}
+        assert server.post("/api/names", json=given, headers=away).status_code == 403
+        assert server.put("/api/names", json=given, headers={**HERE, **bearer}).status_code == 405
+        assert not (copy / "evidence" / "names.yaml").exists()
+        assert server.post("/api/names", json=given, headers={**HERE, **bearer}).status_code == 200
+    assert (copy / "evidence" / "names.yaml").read_text(encoding="utf-8") == '1: "nuclei"\n'
+
+
 def test_the_highest_patches_are_filtered_by_cluster(out: Path, evidence: Evidence) -> None:
     with client(out) as server:
         collected(server)
@@ -106,7 +191,7 @@ def test_the_highest_patches_are_filtered_by_cluster(out: Path, evidence: Eviden
         assert {one["site"] for one in found} == {"south"}
         for one in found:
             patch = server.get(f"/api/slides/{one['key']}/patches/{one['number']}").json()
-            assert patch["clusters"][0]["cluster"] == number
+            assert {one["cluster"]: one["share"] for one in patch["clusters"]}[number] >= 0.1
             assert patch["probability_tumour"] == one["value"]
         assert server.get("/api/top", params={"class": "none", "cluster": number}).json()["patches"] == []
 
@@ -164,7 +249,7 @@ def test_damaged_or_old_evidence_is_told_and_hides_nothing_else(out: Path, tmp_p
         place.rename(tmp_path / "elsewhere.json")
         place.symlink_to(tmp_path / "elsewhere.json")
     else:
-        (copy / "evidence" / "000.tif" / "places.parquet").write_bytes(b"PAR1" * 50)
+        (copy / "evidence" / "000.tif" / "patches.parquet").write_bytes(b"PAR1" * 50)
     with client(copy) as server:
         slide = facts_of(server, "000.tif")
         if damage == "places":
@@ -228,8 +313,8 @@ def test_from_a_finding_to_the_place_and_back(open_page: Callable[..., Page], ev
     with Image.open(download.value.path()) as picture:
         colours = {colour for _, colour in picture.convert("RGB").getcolors(1 << 24) or ()}
     assert tuple(bytes.fromhex(evidence.kinds[0].colour)) in colours  # in the list of clusters
-    link = page.locator("#patch-evidence a").first
-    expect(link).to_have_text(f"cluster {number}")
+    link = page.locator("#patch-evidence a", has_text=f"cluster {number}")
+    expect(link).to_be_visible()
     check(page, f"{size}-evidence-patch-dark")
     link.focus()
     page.keyboard.press("Enter")
@@ -242,3 +327,27 @@ def test_from_a_finding_to_the_place_and_back(open_page: Callable[..., Page], ev
     expect(page.locator("#top-patches a", has_text="north")).to_have_count(0)
     page.keyboard.press("T")
     expect(page.locator("#gallery-title")).to_have_text("Slides")
+
+
+def test_a_cluster_is_named_in_two_windows(open_page: Callable[..., Page], out: Path, evidence: Evidence) -> None:
+    place, number = out / "evidence" / "names.yaml", marker(evidence)
+    try:
+        page, other = (resized(open_page(f"#evidence={number}"), "small") for _ in range(2))
+        page.keyboard.press("F2")
+        expect(page.locator("#cluster-name")).to_be_focused()
+        page.keyboard.type("Green squares")
+        page.keyboard.press("Enter")
+        expect(page.locator(".cluster-title")).to_contain_text("Green squares")
+        check(page, "small-named")
+        other.locator("#cluster-name").fill("ink")
+        other.locator("#name-cluster").click()
+        expect(other.locator("#name-problem")).to_contain_text("It is called “Green squares” by now")
+        check(other, "small-name-problem")
+        other.locator("#name-cluster").click()  # knowing that
+        expect(other.locator(".cluster-title")).to_contain_text("ink")
+        assert place.read_text(encoding="utf-8") == f'{number}: "ink"\n'
+        page.keyboard.press("E")
+        expect(page.locator(f"[data-cluster='{number}']")).to_contain_text("ink")
+        expect(page.locator("#findings")).to_contain_text("“ink”")
+    finally:
+        place.unlink(missing_ok=True)

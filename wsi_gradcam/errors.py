@@ -72,7 +72,7 @@ class AnnotationError(WsiGradcamError, ValueError):
 
 
 class MarkError(WsiGradcamError, ValueError):
-    """Something that is not a valid mark on a slide; the message says what is expected."""
+    """Something that is not a valid mark on a slide, or name of a cluster; the message says what is expected."""
 
 
 class ModelError(WsiGradcamError, ValueError):

@@ -21,7 +21,15 @@ from wsi_gradcam.audit.measurements import stratified_sample
 from wsi_gradcam.audit.plan import BATCH_SIZE, AuditSettings, SlideSample, deep_patches
 from wsi_gradcam.audit.schema import Unit, UntestedRow
 from wsi_gradcam.cam.targets import PREDICTED, Target, check_trusted, parse_targets
-from wsi_gradcam.errors import ConfigError, ModelError, ResultError, ResumeError, StoreError, as_path, picked
+from wsi_gradcam.errors import (
+    ConfigError,
+    ModelError,
+    ResultError,
+    ResumeError,
+    StoreError,
+    as_path,
+    picked,
+)
 from wsi_gradcam.inputs.find import SlideEntry
 from wsi_gradcam.io.urls import allowed_hosts
 from wsi_gradcam.mil.spec import SlideModelSpec, slide_model_in, with_patch_px
@@ -388,11 +396,7 @@ class Annotated:
     def shares_by_class(self, yx: NDArray[np.int64], view: Box) -> dict[str, NDArray[np.float32]]:
         """Return the share of each patch that a class covers, by its name, as `masks_by_class` names it."""
         drawn = self.regions.drawn(self.slide_px)
-        single = self._is_picture and len(drawn.names) < 2
-        return {
-            UNNAMED if single else name or UNNAMED: self._shares(partial(drawn.mask, {name}), yx, view)
-            for name in drawn.names or [UNNAMED]
-        }
+        return {shown: self._shares(partial(drawn.mask, {name}), yx, view) for shown, name in self._classes().items()}
 
     def _shares(
         self, mask_of: Callable[[tuple[int, int]], NDArray[np.bool_]], yx: NDArray[np.int64], view: Box
@@ -421,10 +425,19 @@ class Annotated:
 
     def masks_by_class(self, yx: Sequence[tuple[int, int]], view: Box) -> dict[str, NDArray[np.bool_]]:
         """Return the same of each class by its name; an area without one, and a picture of one, is "region"."""
+        drawn, boxes = self.regions.drawn(self.slide_px), _boxes(yx, view)
+        return {shown: _cut(drawn, {name}, boxes) for shown, name in self._classes().items()}
+
+    def slide_masks(self, shape: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:
+        """Return where each class is on the whole slide, bool [h, w] of this shape, by its name as the same."""
         drawn = self.regions.drawn(self.slide_px)
-        boxes, names = _boxes(yx, view), drawn.names
+        return {shown: drawn.mask({name}, shape) for shown, name in self._classes().items()}
+
+    def _classes(self) -> dict[str, str]:
+        """Return the names of classes as they are drawn, by those that are shown."""
+        names = self.regions.drawn(self.slide_px).names
         single = self._is_picture and len(names) < 2
-        return {UNNAMED if single else name or UNNAMED: _cut(drawn, {name}, boxes) for name in names or [UNNAMED]}
+        return {UNNAMED if single else name or UNNAMED: name for name in names or [UNNAMED]}
 
 
 @dataclass(frozen=True)
@@ -482,19 +495,3 @@ def _boxes(yx: Sequence[tuple[int, int]], view: Box) -> list[Box]:
 def _cut(drawn: Drawn, names: Collection[str], boxes: Sequence[Box]) -> NDArray[np.bool_]:
     """Return where classes are in each box, bool [n, SIDE_PX, SIDE_PX]."""
     return np.stack([drawn.cut(names, box, (SIDE_PX, SIDE_PX)) for box in boxes])
-
-
-ANNOTATED, REGION = 1, 2  # in labels of what is drawn on a patch
-
-
-def drawn_labels(
-    annotated: NDArray[np.bool_] | None, regions: Mapping[str, NDArray[np.bool_]]
-) -> NDArray[np.uint8] | None:
-    """Return what is drawn on patches, uint8 [n, side, side]: `ANNOTATED`, `REGION` elsewhere; None for nothing."""
-    masks = [(REGION, mask) for mask in regions.values()] + ([] if annotated is None else [(ANNOTATED, annotated)])
-    if not any(mask.any() for _, mask in masks):
-        return None
-    found = np.zeros(masks[0][1].shape, np.uint8)
-    for label, mask in masks:
-        found[mask] = label
-    return found

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from wsi_gradcam.audit.archive import annotated_slide, drawn_labels, ground_of
+from wsi_gradcam.audit.archive import annotated_slide, ground_of
 from wsi_gradcam.audit.measurements import Patches
 from wsi_gradcam.audit.measures.bags import (
     BagSubject,
@@ -24,7 +24,7 @@ from wsi_gradcam.audit.measures.bags import (
 )
 from wsi_gradcam.audit.measures.sanity import encoder_stays
 from wsi_gradcam.audit.measures.shortcuts import input_masks
-from wsi_gradcam.audit.measures.subject import Subject, control_maps
+from wsi_gradcam.audit.measures.subject import Subject, control_maps, probability_maps
 from wsi_gradcam.audit.plan import BATCH_SIZE, patch_seeds
 from wsi_gradcam.audit.schema import ATTENTION, GLASS, PEN, PROBABILITY, RANDOM_ORDER, SINGLE
 from wsi_gradcam.cam.engine import pool_to_layer_grid
@@ -34,6 +34,7 @@ from wsi_gradcam.results.feature_store import Bag
 from wsi_gradcam.results.manifest import Manifest
 from wsi_gradcam.results.patch_store import OK
 from wsi_gradcam.slides import read_region
+from wsi_gradcam.tissue.annotations import slide_picture
 from wsi_gradcam.tissue.stain import apply
 
 if TYPE_CHECKING:
@@ -54,7 +55,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.slides import Slide
 
 SHIFT = 4  # of a patch's side: how far the grid is moved
-REACH = 1.5  # footprints from which a probability still counts in a map of probabilities
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +77,9 @@ class PatchData:
         background: RGB of bare glass.
         slide_relevance: of the slide's patches, by the label of a class: (mean of the first method's map, probability);
             of a slide's first batch alone.
+        classes: what each whole patch shows of each annotated class; of a slide's first batch alone, for its pictures.
+        slide, slide_classes, slide_regions: the whole slide, small, uint8 [h, w, 3], and masks [h, w] of what is drawn
+            on it; of a slide's first batch alone, where there is something.
     """
 
     count: int
@@ -92,6 +95,10 @@ class PatchData:
     regions: dict[str, NDArray[np.bool_]]
     background: tuple[int, int, int]
     slide_relevance: dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]
+    classes: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    slide: NDArray[np.uint8] | None = None
+    slide_classes: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
+    slide_regions: dict[str, NDArray[np.bool_]] = field(default_factory=dict)
 
 
 def read_batch(context: Context[Workload], audit: AuditPlan, entry: SlideEntry, number: int) -> PatchData:
@@ -114,16 +121,17 @@ def read_batch(context: Context[Workload], audit: AuditPlan, entry: SlideEntry, 
                 f"{entry.path}: not the file that was explained; restore the original there, or explain again"
             )
         raw, wide, readable = _pixels(slide, audit, yx)
+        ground = ground_of(plan, context.folder(entry), audit.settings)
+        found = annotated_slide(
+            audit.settings.annotations, entry.id, audit.settings.include, plan.slide_px, entry.path, ground
+        )
+        given = annotated_slide(audit.settings.regions, entry.id, (), plan.slide_px, entry.path, ground)
+        small = None if number or (found or given) is None else slide_picture(slide)
     rgb = raw
     if plan.stain is not None:
         rgb, wide = apply(plan.stain, raw), apply(plan.stain, wide)
     store = context.patch_store(entry)
     whole = (0.0, 0.0, *plan.footprint)
-    ground = ground_of(plan, context.folder(entry), audit.settings)
-    found = annotated_slide(
-        audit.settings.annotations, entry.id, audit.settings.include, plan.slide_px, entry.path, ground
-    )
-    given = annotated_slide(audit.settings.regions, entry.id, (), plan.slide_px, entry.path, ground)
     return PatchData(
         BATCH_SIZE - missing,
         np.array(patches, np.int64),
@@ -138,6 +146,10 @@ def read_batch(context: Context[Workload], audit: AuditPlan, entry: SlideEntry, 
         {} if given is None else given.masks_by_class(yx, whole),
         context.glass(entry),
         {} if number else _slide_relevance(store, audit, plan),
+        {} if number or found is None else found.masks_by_class(yx, whole),
+        small,
+        {} if small is None or found is None else found.slide_masks(small.shape[:2]),
+        {} if small is None or given is None else given.slide_masks(small.shape[:2]),
     )
 
 
@@ -190,30 +202,6 @@ def _probability_maps(
     readable = store.status() == OK
     shares = probabilities(store.logits(0, plan.patches)[readable], audit.run.facts.activation)
     return probability_maps(yx, store.yx()[readable], shares, plan.footprint, audit.run.facts.cam_shape)
-
-
-def probability_maps(
-    yx: NDArray[np.int64],
-    places: NDArray[np.int64],
-    shares: NDArray[np.float32],
-    footprint: tuple[float, float],
-    grid: tuple[int, int],
-) -> NDArray[np.float32]:
-    """Return maps of the probabilities of patches round about alone, on patches at `yx`, [n, classes, h, w].
-
-    At each cell the mean of `shares` [N, classes] of the patches at `places` [N, 2], weighed by a Gaussian of the
-    distance of their centres, of half a footprint. It knows what the model answers, and nothing of why.
-    """
-    cells = np.stack(np.meshgrid(*((np.arange(n) + 0.5) / n for n in grid), indexing="ij"), axis=-1).reshape(-1, 2)
-    found = np.zeros((len(yx), shares.shape[1], len(cells)), np.float32)
-    size = np.array(footprint)
-    for i, corner in enumerate(yx):
-        near = (np.abs(places - corner) < REACH * size).all(axis=1)
-        centres = (places[near] - corner) / size + 0.5
-        squares = ((cells[:, None] - centres[None]) ** 2).sum(axis=-1) / (2 * 0.5**2)
-        weight = np.exp(-squares)
-        found[i] = (weight @ shares[near] / weight.sum(axis=1, keepdims=True)).T
-    return found.reshape(len(yx), shares.shape[1], *grid)
 
 
 SHOWN_PX = 160  # of the longer side of an example
@@ -317,7 +305,6 @@ def describe(batch: Batch, slide_id: str, number: int) -> Patches:
         difference={name: _difference(batch, name) for name in batch.methods},
         maps=batch.map_arrays,
         shown=np.stack([small_picture(rgb) for rgb in data.rgb]) if number == 0 else None,
-        drawn=drawn_labels(data.annotated, data.regions) if number == 0 else None,
     )
 
 

@@ -102,7 +102,7 @@ def audit_images(
     for name, sample in plan.samples.items():
         for number in range(sample.batches):
             patches = sample.patches[sample.batch(number)]
-            data = _data(rgb, patches, annotated, regions or {}, glass, patch_seeds(seed, "", patches))
+            data = _data(rgb, patches, annotated, regions or {}, glass, patch_seeds(seed, "", patches), target)
             batches.append((name, measure_patches(plan, subject, data, name, number)))
     first, arrays = batches[0]
     found = joined(batches, seed)
@@ -194,8 +194,9 @@ def _data(
     regions: Mapping[str, Masks],
     glass: tuple[int, int, int],
     seeds: Sequence[int],
+    label: str,
 ) -> PatchData:
-    """Return a batch, padded with its last patch."""
+    """Return a batch of patches for target `label`, padded with its last patch."""
     rows = np.array([*patches, *[patches[-1]] * (BATCH_SIZE - len(patches))], np.int64)
     return PatchData(
         count=len(patches),
@@ -211,6 +212,7 @@ def _data(
         regions={name: masks[rows] for name, masks in regions.items()},
         background=glass,
         slide_relevance={},
+        classes={} if annotated is None else {label: annotated[rows]},
     )
 
 

@@ -378,7 +378,7 @@ class Patches:
         difference: of a method's maps from those of the run, relative to these.
         maps: [N, h, w] by method.
         shown: uint8 [N, h, w, 3], of a slide's first batch: small pictures for the report.
-        drawn: uint8 [N, side, side], what is drawn on the same patches, see `drawn_labels`.
+        drawn: [N, side, side], what is drawn on the same patches: see `stages.drawn_arrays`.
     """
 
     number: NDArray[np.int64] = stored("base/number")
@@ -392,7 +392,7 @@ class Patches:
     difference: Mapping[str, Floats] = stored("base/{}/differs")
     maps: Mapping[str, NDArray[np.float32]] = stored("map/{}")
     shown: NDArray[np.uint8] | None = optional("shown/rgb")
-    drawn: NDArray[np.uint8] | None = optional("shown/drawn")
+    drawn: NDArray[np.unsignedinteger] | None = optional("shown/drawn")
 
 
 @dataclass(frozen=True, eq=False)

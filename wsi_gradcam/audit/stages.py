@@ -38,6 +38,7 @@ from wsi_gradcam.results.patch_store import OK
 from wsi_gradcam.run.context import Exclusive
 from wsi_gradcam.run.types import Processed, SlideJob, Stage, Task
 from wsi_gradcam.run.workload import measuring_job
+from wsi_gradcam.tissue.annotations import drawn_labels
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -172,7 +173,7 @@ def _measure(plan: AuditPlan, subject: Subject, data: PatchData, slide_id: str, 
     from wsi_gradcam.audit.batch import Batch, describe
 
     batch = Batch.of(plan, subject, data, number < plan.samples[slide_id].deep)
-    found = arrays_of(describe(batch, slide_id, number))
+    found = arrays_of(describe(batch, slide_id, number)) | (drawn_arrays(data) if number == 0 else {})
     for name in QUESTIONS:
         if plan.settings.asks(name):
             question = question_named(name)
@@ -181,6 +182,23 @@ def _measure(plan: AuditPlan, subject: Subject, data: PatchData, slide_id: str, 
             if number == 0 and question.measure_slide and (record := question.measure_slide(batch)) is not None:
                 found |= {key: values[None] for key, values in arrays_of(record).items()}
     return {key: _trimmed(key, values, data) for key, values in found.items()}
+
+
+def drawn_arrays(data: PatchData) -> Arrays:
+    """Return what is drawn on patches and on the slide, with the slide, small; of a slide's first batch alone.
+
+    Bits [N, side, side] and the names of the bits, as of `drawn_labels`; in audits of older versions, which have no
+    names, 1 is annotated and 2 a region.
+    """
+    found: Arrays = {}
+    if data.classes or data.regions:
+        found["shown/drawn"], names = drawn_labels(data.classes, data.regions)
+        found["shown/drawn_names"] = np.array([names] * len(data.number))
+    if data.slide is not None:
+        bits, names = drawn_labels(data.slide_classes, data.slide_regions)
+        found |= {"shown/slide": data.slide[None], "shown/slide_drawn": bits[None]}
+        found["shown/slide_names"] = np.array([names])
+    return found
 
 
 def _trimmed(key: str, values: NDArray[Any], data: PatchData) -> NDArray[Any]:

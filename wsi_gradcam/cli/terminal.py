@@ -18,7 +18,7 @@ from wsi_gradcam.cli import say
 from wsi_gradcam.errors import counted, printable
 from wsi_gradcam.pages import render
 from wsi_gradcam.run.progress import Progress
-from wsi_gradcam.run.types import Performed, Planned, RunListener, Task
+from wsi_gradcam.run.types import Part, Performed, Planned, RunListener, Task
 from wsi_gradcam.system.processes import format_duration
 
 if TYPE_CHECKING:
@@ -60,6 +60,11 @@ class Lines(Quiet):
         self.print_line(_engine_line(run.facts.choice))
         if dashboard:
             self.print_line(f"dashboard {dashboard}")
+
+    def part_began(self, part: Part, slides: int, patches: int) -> None:
+        """Print which pass begins."""
+        self.progress.begin_part(part, patches)
+        self.print_line(f"{part}: {counted(slides, 'slide')}, {patches:,} patch{'' if patches == 1 else 'es'}")
 
     def task_done(self, task: Task, performed: Performed) -> None:
         """Count patches, and print the pace from time to time."""
@@ -106,6 +111,11 @@ class Bars(Lines):
         super().run_started(workload, slides, dashboard)
         self._bars.update(self._slide_bar, total=len(slides))
 
+    def part_began(self, part: Part, slides: int, patches: int) -> None:
+        """Begin the bar of the patches anew, for another pass."""
+        super().part_began(part, slides, patches)
+        self._bars.reset(self._patch_bar, total=patches, description=f"pass {part.number}/{part.of}")
+
     def task_done(self, task: Task, performed: Performed) -> None:
         """Advance the patches."""
         super().task_done(task, performed)
@@ -124,6 +134,8 @@ class Bars(Lines):
         done, expected = self.progress.passes
         rate = pace(self.progress) if done else ""
         what = "passes" if self.progress.to_encode else "patches"  # each patch is encoded, and then explained
+        if (part := self.progress.part) is not None:
+            what = f"pass {part.number}/{part.of}"
         self._bars.update(self._patch_bar, total=expected or None, completed=done, rate=rate, description=what)
 
     def print_line(self, text: str) -> None:
@@ -216,6 +228,9 @@ def pace(numbers: Progress, whole: bool = False) -> str:
         return ", ".join(parts)
     first = f", {numbers.encoded} encoded" if numbers.encoded else ""
     counts = f"{numbers.slides_done}/{numbers.slides} slides, {numbers.patches_done} patches{first}"
+    if numbers.part is not None:
+        done, expected = numbers.passes
+        counts = f"{numbers.part}: {done} of {expected} patches"
     if 1 < len(shares) <= MAX_WORKERS_LISTED:
         each = (f"{name} {share.patches_per_s:.0f}/s" for name, share in sorted(shares.items()))
         parts.append("workers " + ", ".join(each))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from wsi_gradcam.errors import ConfigError, ResultError, StoreError
 from wsi_gradcam.evidence import FORMAT, NOTHING, Against, AgainstRow, EvidenceFolder, SlideShare
 from wsi_gradcam.evidence.clusters import SIDES, Side
 from wsi_gradcam.evidence.findings import Evidence, as_share
-from wsi_gradcam.evidence.labels import read_clusters
+from wsi_gradcam.evidence.labels import read_clusters, read_names
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.io.zarr_stores import METADATA
 from wsi_gradcam.results.manifest import Manifest
@@ -329,26 +329,26 @@ def kept_names(before: Arrays, now: Arrays, names: Mapping[int, str]) -> list[Ke
     return [Kept(old, *found.get(old, (None, 0.0)), name) for old, name in names.items()]
 
 
-def carry_names(folder: EvidenceFolder, kinds: Kinds, read: Callable[[StoragePath], dict[int, str]]) -> dict[int, str]:
+def carry_names(folder: EvidenceFolder, kinds: Kinds) -> dict[int, str]:
     """Return the names that kinds have, by number; where kinds were found anew, names.yaml is written anew, too.
 
     It is written after kinds.npz, which holds what it will be: a process that is killed between the two is followed.
     """
-    names, now = read(folder.names), directions(kinds)
+    names, now = read_names(folder.names), directions(kinds)
     digest = np.frombuffer(bytes.fromhex(kinds.digest()), np.uint8)
     text = folder.names.read() if names else b""
     before: Arrays = read_arrays(folder.kinds) if folder.kinds.is_file() else {}
     if before and np.array_equal(before["digest"], digest):
         if text and bytes(before["names"]) and hashlib.sha256(text).digest() == bytes(before["of"]):
             folder.names.write(bytes(before["names"]))
-            return read(folder.names)
+            return read_names(folder.names)
         return names
     new = _as_yaml(kept_names(before, now, names)) if before and names else b""
     of = np.frombuffer(hashlib.sha256(text).digest(), np.uint8)
     write_arrays(folder.kinds, {**now, "digest": digest, "names": np.frombuffer(new, np.uint8), "of": of})
     if new:
         folder.names.write(new)
-    return read(folder.names)
+    return read_names(folder.names)
 
 
 def _as_yaml(kept: Sequence[Kept]) -> bytes:

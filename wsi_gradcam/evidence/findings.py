@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from pydantic import Field
 
-from wsi_gradcam.audit.findings import ALPHA, percent
+from wsi_gradcam.audit.findings import ALPHA, capitalised, percent
 from wsi_gradcam.audit.measurements import FEWEST_SLIDES, Estimate, compare, estimate, holm, permutation_p
 from wsi_gradcam.audit.schema import Unit
 from wsi_gradcam.evidence import COLOURS, PRESENT, Against, Covering, Row, Share, Spread
@@ -407,7 +407,7 @@ def _shortcut_words(row: KindRow, target: str) -> str:
     spread, (name, share) = uneven(row)[0], _suspect(row)
     lies = f"{percent(share)} of it lies on {name}, " if share >= ON_SUSPECT else ""
     return (
-        f"{called(row).capitalize()} looks like a shortcut: {lies}{_where(row, spread)}, and {_effect(row)}. It is "
+        f"{capitalised(called(row))} looks like a shortcut: {lies}{_where(row, spread)}, and {_effect(row)}. It is "
         f"{percent(row.share.value or 0.0)} of the evidence {row.side} {target}."
     )
 
@@ -426,7 +426,7 @@ def _suspect_words(row: KindRow, target: str) -> str:
     effect = f", and {_effect(row)}" if matters(row) else ""
     of_all = percent(row.share.value or 0.0)
     return (
-        f"{called(row).capitalize()} lies on {name}: {percent(share)} of it. It is {of_all} of the evidence for "
+        f"{capitalised(called(row))} lies on {name}: {percent(share)} of it. It is {of_all} of the evidence for "
         f"{target}{effect}."
     )
 
@@ -446,7 +446,7 @@ def _evidence_words(row: KindRow, target: str, level: Unit) -> str:
 
 
 def _uneven_words(row: KindRow, spread: Spread) -> str:
-    return f"{called(row).capitalize()} is spread unevenly: {_where(row, spread)}."
+    return f"{capitalised(called(row))} is spread unevenly: {_where(row, spread)}."
 
 
 def _where(row: KindRow, spread: Spread) -> str:

@@ -1,21 +1,27 @@
 """The label image of a slide: which kind of evidence lies where, on the grid of the slide's heatmap, as OME-NGFF 0.5.
 
-Where patches overlap a pixel is of the one in whose middle it lies most.
+Where patches overlap a pixel is of the one in whose middle it lies most. Beside it: the names of kinds, and a reader of
+a slide's tables.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
-from wsi_gradcam.errors import StoreError
+from wsi_gradcam.errors import ConfigError, DocumentError, MarkError, StoreError, one_line
 from wsi_gradcam.evidence import COLOURS, NOTHING, EvidenceFolder
 from wsi_gradcam.evidence.clusters import SIDES
 from wsi_gradcam.geometry import Region
+from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.zarr_stores import MADE_BY_US, ZarrGroup, telling_damage, write_labels_group
 from wsi_gradcam.results.heatmap import CHUNK, SHARD, touching
 from wsi_gradcam.results.run_files import folder_name
@@ -269,3 +275,113 @@ def read_clusters(place: StoragePath, plan: SlidePlan) -> Clusters | None:
             if 0 < one["label-value"] < NOTHING and one["side"] in SIDES
         )
     return Clusters(kinds, list(plan.level_shapes), group, place)
+
+
+PLACES = ("patch", "cluster", "contribution")  # columns of a table of places
+MAX_ROWS, VALUE_BYTES = 1 << 22, 16  # of a slide's table, and of each of its values
+AGAIN = "run `wsi-gradcam evidence` again"
+
+
+def read_rows(place: StoragePath, names: Sequence[str], patches: int) -> NDArray[np.float64]:
+    """Return columns of a table of a slide's evidence, float64 [n, columns]; the first is the number of a patch.
+
+    Raises:
+        StoreError: it is damaged, or of more patches than the slide has.
+    """
+    try:
+        file = pq.ParquetFile(pa.BufferReader(place.read(MAX_ROWS * VALUE_BYTES * 8)))
+        about = file.metadata
+        size = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
+        if about.num_rows > MAX_ROWS or size > (about.num_rows + 1000) * VALUE_BYTES * (len(names) + 8):
+            raise StoreError(f"{place}: {about.num_rows:,} rows of {size:,} bytes; {AGAIN}")
+        table = file.read(list(names), use_threads=False)
+        found = np.stack([np.asarray(table.column(name).to_numpy(), np.float64) for name in names], axis=1)
+    except StoreError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+        raise StoreError(f"{place}: damaged ({one_line(error)}); {AGAIN}") from error
+    if not np.isfinite(found).all() or (len(found) and not 0 <= found[:, 0].min() <= found[:, 0].max() < patches):
+        raise StoreError(f"{place}: patches that the slide does not have; {AGAIN}")
+    return found
+
+
+def by_patch(places: NDArray[np.float64], clusters: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the patches [n] of places (patch, cluster or 0, contribution), and the sums of each cluster [n, k]."""
+    numbers, rows = np.unique(places[:, 0].astype(np.int64), return_inverse=True)
+    sums, own = np.zeros((len(numbers), clusters)), places[:, 1].astype(np.int64)
+    inside = (own > 0) & (own <= clusters)
+    np.add.at(sums, (rows[inside], own[inside] - 1), places[inside, 2])
+    return numbers, sums
+
+
+MAX_NAME = 100  # characters
+
+
+def read_names(place: StoragePath) -> dict[int, str]:
+    """Return the names of kinds that the user has given, by number; none where there is no such file.
+
+    Raises:
+        ConfigError: the file is no mapping of numbers to names.
+    """
+    try:
+        return _names_in(place, place.read(MAX_BYTES))
+    except FileNotFoundError:
+        return {}
+
+
+def _names_in(place: StoragePath, data: bytes) -> dict[int, str]:
+    try:
+        values = read_yaml(data)
+    except DocumentError as error:
+        raise ConfigError(f"{place}: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(k, int) and isinstance(v, str) for k, v in values.items()):
+        raise ConfigError(f"{place}: expected a line NUMBER: NAME for each named cluster, such as '3: mitoses'")
+    return dict(values)
+
+
+def give_name(place: StoragePath, number: int, name: str, was: str) -> str:
+    """Give a kind a name in names.yaml, "" for none, and return what it is called by now.
+
+    That is another name where somebody else has given it one since it was called `was`: theirs stays, as does all else
+    in the file.
+
+    Raises:
+        ConfigError: the file is no mapping of numbers to names.
+        MarkError: the name is no text of one line.
+        StoreError: the file cannot be written.
+    """
+    now = [name]
+    if len(name) > MAX_NAME or not name.isprintable():
+        raise MarkError(f"a name is one line of up to {MAX_NAME} characters")
+
+    def change(data: bytes | None) -> bytes | None:
+        names = _names_in(place, data or b"")
+        if names.get(number, "") != was:
+            now[0] = names.get(number, "")
+            return None
+        wanted = {**names, number: name} if name else {key: text for key, text in names.items() if key != number}
+        changed = _with_line(data or b"", number, name)
+        with suppress(ConfigError):
+            if _names_in(place, changed) == wanted:
+                return changed
+        return "".join(_line(*one) for one in sorted(wanted.items())).encode()  # it was no line a name
+
+    place.update(change)
+    return now[0]
+
+
+def _with_line(data: bytes, number: int, name: str) -> bytes:
+    """Return names.yaml with another line for a kind, in the place of that which it had."""
+    lines = data.decode("utf-8", "replace").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines[-1] += "\n"
+    own = [i for i, line in enumerate(lines) if re.match(rf"{number}\s*:", line)]
+    new = [_line(number, name)] if name else []
+    at = own[0] if own else len(lines)
+    return "".join([*lines[:at], *new, *lines[at + len(own[:1]) :]]).encode()
+
+
+def _line(number: int, name: str) -> str:
+    return f"{number}: {json.dumps(name, ensure_ascii=False)}\n"

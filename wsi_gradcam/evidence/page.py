@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from wsi_gradcam.audit.findings import percent
+from wsi_gradcam.audit.findings import capitalised, percent
 from wsi_gradcam.audit.report.figures import Picture, colour_scale, overlay, picture, scale_of
 from wsi_gradcam.audit.report.page import number, p_text
 from wsi_gradcam.evidence.clusters import SIDES, STABLE
@@ -91,7 +91,7 @@ def _trial(one: TrialRow) -> tuple[str, ...]:
 def _overview(row: KindRow) -> tuple[str, ...]:
     change = "–" if row.covering is None else interval(row.covering.difference)
     return (
-        called(row).capitalize(),
+        capitalised(called(row)),
         row.side,
         shares(row.share),
         shares(row.area),
@@ -119,7 +119,7 @@ def _card(row: KindRow, evidence: Evidence, examples: Sequence[ExampleCard]) -> 
         ("Lies on marks", _on(row.marks)),
         *([] if row.covering is None else [(row.covering.how.capitalize(), covering_words(row.covering))]),
     ]
-    return KindCard(row, called(row).capitalize(), facts, [_spread(one) for one in row.spread], examples)
+    return KindCard(row, capitalised(called(row)), facts, [_spread(one) for one in row.spread], examples)
 
 
 def area_of(evidence: Evidence) -> str:

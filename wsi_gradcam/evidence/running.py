@@ -34,7 +34,7 @@ from wsi_gradcam.audit.running import (
     write_plan,
 )
 from wsi_gradcam.cam.targets import PREDICTED
-from wsi_gradcam.errors import ConfigError, DocumentError, ResultError
+from wsi_gradcam.errors import ConfigError, ResultError
 from wsi_gradcam.evidence import (
     BARE_GLASS,
     PIECE,
@@ -52,7 +52,6 @@ from wsi_gradcam.evidence.page import write_report
 from wsi_gradcam.evidence.stages import EvidenceWorkload
 from wsi_gradcam.evidence.tables import Tally, glass_of, measured, tally, weights_of
 from wsi_gradcam.executors import open_executor
-from wsi_gradcam.io.documents import MAX_BYTES, read_yaml
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.marks import Marks
@@ -66,7 +65,6 @@ if TYPE_CHECKING:
     from wsi_gradcam.audit.archive import ExplainedRun
     from wsi_gradcam.audit.plan import AuditSettings
     from wsi_gradcam.inputs.find import SlideEntry
-    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.mil.spec import SlideModelSpec
     from wsi_gradcam.models.load import Model
     from wsi_gradcam.models.spec import ModelSpec
@@ -161,7 +159,8 @@ def evidence_run(
         def perform(step: EvidencePlan, slides: list[SlideEntry], again: bool = True) -> list[SlideRecord]:
             """Perform a pass; return the records of what has not failed, in the plan's order, whichever ended first."""
             ended: list[SlideRecord] = []
-            session.process(executor, EvidenceWorkload(step), slides, ended.append, again)
+            workload = EvidenceWorkload(step)
+            session.process(executor, workload, slides, ended.append, again, workload.part)
             records.extend(one for one in ended if not again or one.status == SlideStatus.FAILED)
             good = {record.slide.id: record for record in ended if record.status == SlideStatus.OK}
             if not good and slides:
@@ -213,7 +212,7 @@ def _passes(
     if choice is None:
         return _finish(folder, plan, run, records, _Found(None, _unsorted(folder, plan, ids), learned))
     names = dict.fromkeys((i + 1 for i in choice.kinds.glass), BARE_GLASS)
-    names |= carry_names(folder, choice.kinds, read_names)
+    names |= carry_names(folder, choice.kinds)
     single = len(read) < FEWEST_SLIDES
     second = replace(plan, step="sort", kinds=choice.kinds, names=names, given=drawings, single=single)
     ids = [record.slide.id for record in perform(second, read)]
@@ -366,25 +365,6 @@ def covered_by_kind(looked: Sequence[tuple[str, Arrays]]) -> dict[int, Covered]:
         )
         for kind, rows in parts.items()
     }
-
-
-def read_names(place: StoragePath) -> dict[int, str]:
-    """Return the names of kinds that the user has given, by number.
-
-    Raises:
-        ConfigError: the file is no mapping of numbers to names.
-    """
-    try:
-        values = read_yaml(place.read(MAX_BYTES))
-    except FileNotFoundError:
-        return {}
-    except DocumentError as error:
-        raise ConfigError(f"{place}: {error}") from error
-    if values is None:
-        return {}
-    if not isinstance(values, dict) or not all(isinstance(k, int) and isinstance(v, str) for k, v in values.items()):
-        raise ConfigError(f"{place}: expected a line NUMBER: NAME for each named cluster, such as '3: mitoses'")
-    return dict(values)
 
 
 def _flat(kind: KindRow) -> dict[str, Any]:

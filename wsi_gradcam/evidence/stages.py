@@ -35,7 +35,7 @@ from wsi_gradcam.evidence.comparing import compare_slide
 from wsi_gradcam.evidence.tables import draw_cells, draw_slide, sort_slide, stored_plan
 from wsi_gradcam.run.claims import EVIDENCE
 from wsi_gradcam.run.context import Exclusive
-from wsi_gradcam.run.types import Planned, Processed, SlideJob, Stage, Task
+from wsi_gradcam.run.types import Part, Planned, Processed, SlideJob, Stage, Task
 from wsi_gradcam.run.workload import measuring_job
 from wsi_gradcam.slides import read_region
 from wsi_gradcam.tissue.stain import apply
@@ -210,6 +210,14 @@ class EvidenceWorkload:
         if self.plan.step == "show":
             return sum(len(own) for own in self.plan.shown.values())
         return sum(self.plan.counts.values())
+
+    @property
+    def part(self) -> Part:
+        """Which pass it is, in words."""
+        names = {"measure": "measuring places", "sort": "sorting cells into clusters", "show": "covering clusters"}
+        if self.plan.unit == "slide":
+            names |= {"measure": "measuring patches", "sort": "sorting patches", "show": "removing clusters"}
+        return Part(list(names).index(self.plan.step) + 1, len(names), names[self.plan.step])
 
     @property
     def run(self) -> RunPlan:

@@ -11,6 +11,7 @@ import base64
 import ipaddress
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Collection, Iterator, Sequence
@@ -19,6 +20,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote, unquote, urljoin, urlsplit
 
@@ -396,3 +398,22 @@ def closed_proxy() -> str:
     address = f"http://127.0.0.1:{door.getsockname()[1]}"
     door.detach()  # kept as long as the process lives, so that no other process takes the port
     return address
+
+
+def command_line(argv: Sequence[str]) -> str:
+    """Return the command as it was given, URLs without secrets; of programs other than ours the name alone.
+
+    >>> command_line(["/usr/bin/wsi-gradcam", "explain", "https://me:pw@host/a b.svs?key=1", "--out=s3://x/y"])
+    "wsi-gradcam explain 'https://host/a b.svs' --out=s3://x/y"
+    >>> command_line(["study.py", "--token", "secret"])
+    'python study.py'
+    """
+    program = Path(argv[0]) if argv and argv[0] else Path("-c")
+    if program.stem != "wsi-gradcam" and program.parts[-2:] != ("cli", "main.py"):
+        return f"python {program.name}"
+    return shlex.join(["wsi-gradcam", *map(_without_secrets, argv[1:])])
+
+
+def _without_secrets(argument: str) -> str:
+    found = re.search(SCHEME, argument)
+    return argument if found is None else argument[: found.start()] + redact_url(argument[found.start() :])

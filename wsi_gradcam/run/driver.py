@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from wsi_gradcam.cam.facts import EXACT, NO_METHOD
 from wsi_gradcam.errors import StoreError, WsiGradcamError, as_text, counted, one_line
-from wsi_gradcam.io.urls import allowing
+from wsi_gradcam.io.urls import allowing, command_line
 from wsi_gradcam.results.manifest import Manifest, SlideStatus
 from wsi_gradcam.results.run_files import (
     RunFolder,
@@ -29,8 +30,8 @@ from wsi_gradcam.run.examining import SLIDES_TRIED
 from wsi_gradcam.run.failures import attempt_digest, forget_unreadable, split_failed
 from wsi_gradcam.run.progress import Progress
 from wsi_gradcam.run.report import EventLog, logged_warnings, run_page
-from wsi_gradcam.run.status import REPORT, RunFacts, RunState, RunStatus, facts_of, now, write_status
-from wsi_gradcam.run.types import FatalError, Performed, Processed, RunListener, SlideRecord, Task
+from wsi_gradcam.run.status import REPORT, RunFacts, RunState, RunStatus, now, write_status
+from wsi_gradcam.run.types import FatalError, Part, Performed, Processed, RunListener, SlideRecord, Task
 from wsi_gradcam.run.workload import EncodeWorkload, ExplainWorkload
 from wsi_gradcam.system.processes import PeriodicTimer
 
@@ -138,14 +139,22 @@ class RunSession:
         slides: Iterable[SlideEntry],
         keep: Callable[[SlideRecord], None],
         again: bool = False,
+        part: Part | None = None,
     ) -> None:
         """Run a workload on slides; each slide's record is passed to `keep` when it is finished.
 
         With `again` it is another pass over slides that were counted already: only those that fail in it are reported.
+        `part` says which pass it is, where there are several.
 
         Raises:
             WsiGradcamError: the run cannot go on.
         """
+        if part is not None:
+            slides = list(slides)
+            with self._lock:
+                self._progress.begin_part(part, workload.patches or 0)
+            self._log.message(str(part))
+            self._listener.part_began(part, len(slides), workload.patches or 0)
         try:
             for record in executor.run(workload, slides, self._task_ended):
                 keep(record)
@@ -227,6 +236,29 @@ class RunSession:
                 (self._out / REPORT).write(run_page(status, self._slide_rows(), self._results.path_of))
         except WsiGradcamError as trouble:
             self._listener.message(f"the run's report cannot be written: {one_line(trouble)}")
+
+
+def facts_of(
+    workload: Workload, out: StoragePath, run_id: str, dashboard: str, remarks: Sequence[str] = ()
+) -> RunFacts:
+    """Return the facts of a run that begins now."""
+    run = workload.run
+    return RunFacts(
+        run=run_id,
+        begun=now(),
+        command=as_text(command_line(sys.argv)),
+        out=as_text(str(out)),
+        model=run.facts.name,
+        model_digest=run.facts.digest,
+        layer=run.facts.layer,
+        engine=f"{run.facts.choice.engine} {run.facts.choice.precision}",
+        targets=[target.label for target in run.targets],
+        settings=run.settings.model_dump(mode="json"),
+        dashboard=dashboard,
+        work=workload.name,
+        notes=list(run.facts.notes),
+        remarks=[as_text(remark) for remark in remarks],
+    )
 
 
 def _cause(error: BaseException) -> str:

@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from wsi_gradcam.errors import as_text
 from wsi_gradcam.results.manifest import SlideStatus
@@ -21,7 +21,7 @@ from wsi_gradcam.run.status import (
     ThroughputStatus,
     WorkerStatus,
 )
-from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
+from wsi_gradcam.run.types import Part, Performed, Planned, Processed, SlideRecord, Task
 
 BINS = 120  # bins of throughput over time, at least half of which are in use in a long run
 RECENT_S = 120.0
@@ -98,6 +98,7 @@ class Progress:
         ended: slides by how they ended.
         skipped: of these, those that had ended before this run.
         patches: patches to be done in the slides planned so far; `patches_done` of them are done.
+        part: the present pass over the slides, if the work takes several.
         to_encode: patches that a slide-level model sees once more, before all else; `encoded` of them are done.
     """
 
@@ -106,6 +107,8 @@ class Progress:
         self._started = clock()
         self.slides = self.skipped = self.planned = self.retries = 0
         self.readers = 1
+        self.part: Part | None = None
+        self._done_before = 0  # in other passes
         self.ended: Counter[str] = Counter()
         self.patches = self.patches_done = self.to_encode = self.encoded = 0
         self.stages: dict[str, StageSum] = {}
@@ -122,6 +125,11 @@ class Progress:
         self.slides, self.readers = slides, readers
         if patches is not None:
             self.patches, self.planned = patches, slides
+
+    def begin_part(self, part: Part, patches: int) -> None:
+        """Begin a pass over so many patches: what is done and expected is counted from here."""
+        self.part, self._done_before = part, self.patches_done
+        self.patches = self.patches_done + patches
 
     def task_done(self, task: Task, performed: Performed) -> None:
         """Count an attempt at a task."""
@@ -186,7 +194,12 @@ class Progress:
 
     @property
     def passes(self) -> tuple[int, int]:
-        """How often patches were, and will have been, shown to the model: twice for slide-level models."""
+        """How often patches were, and will have been, shown to the model, of several passes in the present one.
+
+        Slide-level models see each patch twice.
+        """
+        if self.part is not None:
+            return self.patches_done - self._done_before, self.patches - self._done_before
         encoding = self.to_encode + self._unplanned if self.to_encode else 0
         return self.patches_done + self.encoded, self.patches_expected + encoding
 
@@ -198,10 +211,10 @@ class Progress:
         return self.throughput.since(from_s) / max(1e-9, now_s - from_s)
 
     def left_s(self) -> float | None:
-        """Return the seconds that the rest will take at the current rate; None if that is not known yet."""
+        """Return the seconds that the rest of the run, or of its pass, takes at the current rate; None if unknown."""
         done, expected = self.passes
         left = max(0, expected - done)
-        if self.slides_done == self.slides:
+        if self.slides_done == self.slides and self.part is None:
             return 0.0
         rate = self.rate()
         return left / rate if rate and left else None
@@ -227,6 +240,7 @@ class Progress:
             throughput=ThroughputStatus(self.throughput.width_s, list(self.throughput.patches)),
             failures=self.causes(),
             slowest=[SlowSlide(slide, round(seconds, 2), patches) for seconds, slide, patches in slowest],
+            part=self.part and replace(self.part, done=self.passes[0], patches=self.passes[1]),
         )
 
     def _count_cause(self, record: SlideRecord) -> None:

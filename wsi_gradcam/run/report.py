@@ -20,8 +20,9 @@ from wsi_gradcam.pages import render
 from wsi_gradcam.results.manifest import SlideStatus
 from wsi_gradcam.results.run_files import folder_name, versions
 from wsi_gradcam.results.seals import COMMENT, sealed
+from wsi_gradcam.run.claims import AUDIT, EVIDENCE
 from wsi_gradcam.run.progress import without_path
-from wsi_gradcam.run.status import AUDIT, RunState, RunStatus, StageStatus, ThroughputStatus
+from wsi_gradcam.run.status import RunState, RunStatus, StageStatus, ThroughputStatus
 from wsi_gradcam.run.types import Performed, Planned, Processed, SlideRecord, Task
 
 if TYPE_CHECKING:
@@ -200,8 +201,9 @@ def _names(task: Task) -> dict[str, Any]:
 
 
 LISTED = 1000  # slides with a line of their own
+DONE = {AUDIT: "audited", EVIDENCE: "looked at"}  # of slides and patches, by work; else they are explained
 STATUSES: dict[str, str] = {
-    SlideStatus.OK: "explained",  # for an audit: audited
+    SlideStatus.OK: "explained",  # or as `DONE` says
     SlideStatus.NO_TISSUE: "without tissue",
     SlideStatus.FAILED: "failed",
 }
@@ -254,8 +256,8 @@ def run_page(
         path_of: returns the path of a slide's folder, relative to OUT.
     """
     listed = list(rows.items())[:LISTED]
-    is_audit, numbers = status.facts.work == AUDIT, status.numbers
-    done = "audited" if is_audit else "explained"
+    is_explain, numbers = status.facts.work not in DONE, status.numbers
+    done = DONE.get(status.facts.work, "explained")
     statuses: dict[str, str] = {**STATUSES, SlideStatus.OK: done}
     page = render(
         "run/report.html",
@@ -266,10 +268,10 @@ def run_page(
         statuses=statuses,
         settings=[(name, _setting(value)) for name, value in status.facts.settings.items()],
         failures=numbers.failures,
-        is_audit=is_audit,
+        is_explain=is_explain,
         throughput=_throughput(numbers.throughput, numbers.elapsed_s),
         stages=_stages(numbers.stages),
-        slides=[_slide(name, row, statuses, "../" * is_audit + _folder(name, path_of)) for name, row in listed],
+        slides=[_slide(name, row, statuses, "../" * (not is_explain) + _folder(name, path_of)) for name, row in listed],
         ended=len(rows),
     )
     return sealed(f"{COMMENT}{page}".encode())

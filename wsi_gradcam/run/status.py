@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import re
-import shlex
-import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from wsi_gradcam.errors import ConfigError, as_text, printable
+from wsi_gradcam.errors import ConfigError, printable
 from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import read_json
 from wsi_gradcam.io.paths import storage_path
-from wsi_gradcam.io.urls import SCHEME, redact_url
 from wsi_gradcam.results.seals import sealed_json
 from wsi_gradcam.run.claims import AUDIT as AUDIT
 from wsi_gradcam.run.claims import EVIDENCE, HEARTBEAT_S, Holder, read_holder
@@ -26,7 +21,6 @@ from wsi_gradcam.system.processes import format_duration
 
 if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
-    from wsi_gradcam.run.types import Workload
 
 STATUS, REPORT = "status.json", "run.html"
 PATIENCE_S = 3 * HEARTBEAT_S  # how long to wait for a sign of life if the run's process cannot be looked up
@@ -112,6 +106,24 @@ class PatchCounts:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A pass over the slides, where the work takes several: its number from 1 on, of how many, and what it does.
+
+    Attributes:
+        done: how many of its `patches` are done, where that is told.
+    """
+
+    number: int
+    of: int
+    name: str
+    done: int = 0
+    patches: int = 0
+
+    def __str__(self) -> str:
+        return f"pass {self.number} of {self.of}, {self.name}"
+
+
+@dataclass(frozen=True)
 class StageStatus:
     """Tasks of a stage that are done, and their seconds in sum over all workers."""
 
@@ -179,6 +191,7 @@ class RunNumbers:
         patches_per_s: over the last minutes.
         left_s: seconds that the rest will take; None if that is not known yet.
         retries: failed attempts at tasks that were repeated.
+        part: the present pass, if the work takes several; `patches` are then those of all passes so far.
     """
 
     elapsed_s: float
@@ -192,6 +205,7 @@ class RunNumbers:
     throughput: ThroughputStatus
     failures: list[FailureCause]
     slowest: list[SlowSlide]
+    part: Part | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return the numbers as plain values."""
@@ -212,6 +226,7 @@ class RunNumbers:
             ThroughputStatus(**values["throughput"]),
             [FailureCause(**cause) for cause in values["failures"]],
             [SlowSlide(**slide) for slide in values["slowest"]],
+            Part(**part) if (part := values.get("part")) else None,
         )
 
 
@@ -242,51 +257,9 @@ class RunStatus:
         return cls(facts, RunState(values["state"]), values["cause"], values["updated"], numbers)
 
 
-def facts_of(
-    workload: Workload, out: StoragePath, run_id: str, dashboard: str, remarks: Sequence[str] = ()
-) -> RunFacts:
-    """Return the facts of a run that begins now."""
-    run = workload.run
-    return RunFacts(
-        run=run_id,
-        begun=now(),
-        command=as_text(command_line(sys.argv)),
-        out=as_text(str(out)),
-        model=run.facts.name,
-        model_digest=run.facts.digest,
-        layer=run.facts.layer,
-        engine=f"{run.facts.choice.engine} {run.facts.choice.precision}",
-        targets=[target.label for target in run.targets],
-        settings=run.settings.model_dump(mode="json"),
-        dashboard=dashboard,
-        work=workload.name,
-        notes=list(run.facts.notes),
-        remarks=[as_text(remark) for remark in remarks],
-    )
-
-
 def now() -> str:
     """Return the time, UTC, to the second."""
     return f"{datetime.now(UTC):%Y-%m-%dT%H:%M:%SZ}"
-
-
-def command_line(argv: Sequence[str]) -> str:
-    """Return the command as it was given, with URLs without secrets; for programs other than ours, only the name.
-
-    >>> command_line(["/usr/bin/wsi-gradcam", "explain", "https://me:pw@host/a b.svs?key=1", "--out=s3://x/y"])
-    "wsi-gradcam explain 'https://host/a b.svs' --out=s3://x/y"
-    >>> command_line(["study.py", "--token", "secret"])
-    'python study.py'
-    """
-    program = Path(argv[0]) if argv and argv[0] else Path("-c")
-    if program.stem != "wsi-gradcam" and program.parts[-2:] != ("cli", "main.py"):
-        return f"python {program.name}"
-    return shlex.join(["wsi-gradcam", *map(_without_secrets, argv[1:])])
-
-
-def _without_secrets(argument: str) -> str:
-    found = re.search(SCHEME, argument)
-    return argument if found is None else argument[: found.start()] + redact_url(argument[found.start() :])
 
 
 def write_status(out: StoragePath, status: RunStatus) -> None:
@@ -316,7 +289,7 @@ class ObservedRun:
         status: what it wrote last; None if it has not written yet.
         holder: who holds the claim; None if nobody does.
         report: where its report is; "" if there is none.
-        audit: the audit of the run, if there is one.
+        audit, evidence: of the run, if there are any.
     """
 
     out: str
@@ -325,54 +298,60 @@ class ObservedRun:
     holder: Holder | None
     report: str
     audit: ObservedRun | None = None
+    evidence: ObservedRun | None = None
+
+    @property
+    def beside(self) -> dict[str, ObservedRun]:
+        """Return what works on the run's results, by its name."""
+        return {name: one for name, one in ((AUDIT, self.audit), (EVIDENCE, self.evidence)) if one is not None}
 
     @property
     def is_active(self) -> bool:
-        """Whether the run, or its audit, is active."""
-        active = self.state in (RunState.STARTING, RunState.RUNNING)
-        return active or (self.audit is not None and self.audit.is_active)
+        """True while the run, its audit or the search for its evidence is at work."""
+        return self.state in (RunState.STARTING, RunState.RUNNING) or any(one.is_active for one in self.beside.values())
 
     @property
     def is_well(self) -> bool:
-        """Whether nothing has gone wrong so far, neither in the run nor in its audit."""
+        """True where nothing has gone wrong up to now, neither in the run nor in its audit and evidence."""
         failed = self.status is not None and bool(self.status.numbers.failures)
         ended_badly = self.state in (RunState.STOPPED, RunState.KILLED)
-        return not (failed or ended_badly) and (self.audit is None or self.audit.is_well)
+        return not (failed or ended_badly) and all(one.is_well for one in self.beside.values())
 
     def to_json(self) -> dict[str, Any]:
-        """Return the state as plain values; an audit's is under `audit`."""
+        """Return the state as plain values; those of audit and evidence beside the run's, as `audit`, `evidence`."""
         process = None if self.holder is None else {"host": self.holder.process.host, "pid": self.holder.process.pid}
         status = {} if self.status is None else self.status.to_json()
-        audit = {} if self.audit is None else {"audit": self.audit.to_json()}
-        return {**status, "out": self.out, "state": self.state, "process": process, "report": self.report, **audit}
+        beside = {name: one.to_json() for name, one in self.beside.items()}
+        return {**status, "out": self.out, "state": self.state, "process": process, "report": self.report, **beside}
 
 
 def observe(out: str | PathLike[str], watch: bool = False) -> Iterator[ObservedRun]:
-    """Yield the state of the run on OUT and of its audit; with `watch`, again and again until both have ended.
+    """Yield the state of the run on OUT, its audit and its evidence; with `watch` again and again until all have ended.
 
     Raises:
-        ConfigError: there is neither a run nor an audit.
+        ConfigError: there is none of them.
         StoreError: OUT cannot be read.
     """
     place = storage_path(out)
     while True:
-        seen = _observed(place, place / AUDIT)
+        seen = _observed(place)
         yield seen
         if not watch or not seen.is_active:
             return
         time.sleep(WATCHED_S)
 
 
-def _observed(out: StoragePath, audit: StoragePath) -> ObservedRun:
-    run, of_audit = _state(out), _state(audit)
-    if run is None and of_audit is None:
-        from wsi_gradcam.results.run import no_result  # not above: it needs much that a status does not
+def _observed(out: StoragePath) -> ObservedRun:
+    run, audit, evidence = (_state(place) for place in (out, out / AUDIT, out / EVIDENCE))
+    if run is not None:
+        return replace(run, audit=audit, evidence=evidence)
+    if audit is not None:
+        return replace(audit, evidence=evidence)
+    if evidence is not None:
+        return evidence
+    from wsi_gradcam.results.run import no_result  # not above: it needs much that a status does not
 
-        raise ConfigError(no_result(out))
-    if run is None:
-        assert of_audit is not None
-        return of_audit
-    return ObservedRun(run.out, run.state, run.status, run.holder, run.report, of_audit)
+    raise ConfigError(no_result(out))
 
 
 def _state(out: StoragePath) -> ObservedRun | None:
@@ -415,8 +394,8 @@ def _is_alive(out: StoragePath, holder: Holder) -> bool:
 
 
 def shown(seen: ObservedRun) -> str:
-    """Return the state as lines of text, the run's first, then its audit's."""
-    return "\n".join(map(printable, [*_lines(seen), *([] if seen.audit is None else _lines(seen.audit))]))
+    """Return the state as lines of text, first the run's, then those of its audit and its evidence."""
+    return "\n".join(map(printable, (line for one in (seen, *seen.beside.values()) for line in _lines(one))))
 
 
 def _lines(seen: ObservedRun) -> Iterator[str]:
@@ -428,7 +407,10 @@ def _lines(seen: ObservedRun) -> Iterator[str]:
     yield f"  slides    {_counts(numbers.slides)}"
     of = f" of about {numbers.patches.expected:,}" if numbers.patches.expected else ""
     first = f"; {numbers.patches.encoded:,} encoded" if numbers.patches.encoded else ""
-    yield f"  patches   {numbers.patches.done:,}{of}{first}"
+    if (part := numbers.part) is None:
+        yield f"  patches   {numbers.patches.done:,}{of}{first}"
+    else:
+        yield f"  pass      {part.number} of {part.of}, {part.name}: {part.done:,} of {part.patches:,} patches"
     if seen.state == RunState.RUNNING:
         left = "not known yet" if numbers.left_s is None else f"about {format_duration(numbers.left_s)}"
         yield f"  pace      {numbers.patches_per_s:.1f} patches/s; time left {left}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from wsi_gradcam.results.manifest import SlideOutcome, SlideStatus
+from wsi_gradcam.run.status import Part as Part
 
 if TYPE_CHECKING:
     from wsi_gradcam.cam.facts import Choice, ModelFacts
@@ -216,6 +217,9 @@ class RunListener:
 
     def run_started(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
         """The model is known and the work begins; `dashboard` is the address of a page that shows the work, or ""."""
+
+    def part_began(self, part: Part, slides: int, patches: int) -> None:
+        """A pass over so many slides and patches begins, where the work takes several passes."""
 
     def task_done(self, task: Task, performed: Performed) -> None:
         """A task has succeeded."""

@@ -1,7 +1,5 @@
 """Patches across the archive: the highest, and those in the clusters of its evidence, which this describes too.
 
-`PatchTable` finds the patch at a point, its neighbours, and the patches with the highest values of a slide.
-
 Everything is read from OUT/evidence and checked as if a stranger had written it. The patches of the sample are
 collected slide by slide in the background, as the highest patches are.
 """
@@ -9,7 +7,7 @@ collected slide by slide in the background, as the highest patches are.
 from __future__ import annotations
 
 import hashlib
-import math
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -18,134 +16,38 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from wsi_gradcam.errors import DocumentError, NotShownError, OutsideError, StoreError, WsiGradcamError, one_line
-from wsi_gradcam.evidence import EvidenceFolder
-from wsi_gradcam.evidence.findings import Evidence, KindRow, uneven
+from wsi_gradcam.errors import (
+    ConfigError,
+    DocumentError,
+    MarkError,
+    NotShownError,
+    OutsideError,
+    StoreError,
+    WsiGradcamError,
+    one_line,
+)
+from wsi_gradcam.evidence import BARE_GLASS, EvidenceFolder
+from wsi_gradcam.evidence.findings import Evidence, KindRow, in_words, uneven
+from wsi_gradcam.evidence.labels import PLACES, by_patch, give_name, read_names, read_rows
 from wsi_gradcam.io.documents import read_json
+from wsi_gradcam.io.local import LocalPath
 from wsi_gradcam.run.claims import EVIDENCE
 from wsi_gradcam.viewer.archive import check_inside, status_of, valid_text
+from wsi_gradcam.viewer.queries import COORDINATES, MAX_TOP, TEXTS, PatchTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.viewer.archive import Archive, ServedSlide
 
 REPORT = f"{EVIDENCE}/report.html"
 REFRESH_S = 5.0
 MAX_BYTES = 64 << 20  # of evidence.json
-MAX_PLACES, PLACE_BYTES = 1 << 22, 128  # of a slide, and of each
-COLUMNS = ("patch", "cluster", "contribution")
 EXAMPLES = 4
-MAX_TOP = 100
+PART = 0.1  # of what clusters contribute to a patch, from which it is shown as one of a cluster
 AGAIN = "run `wsi-gradcam evidence` again"
-
-
-COORDINATES = ("y", "x")
-TEXTS = ("status", "cause")
-DIRECTIONS = ("E", "NE", "N", "NW", "W", "SW", "S", "SE")
-MAX_CANDIDATES = 50_000  # of a top-k, of which neighbours are left out
-
-
-class PatchTable:
-    """The rows of patches.parquet as arrays; `footprint` is a patch's (height, width) in level-0 px."""
-
-    def __init__(self, table: pa.Table, footprint: tuple[float, float]) -> None:
-        names = [name for name in table.column_names if name not in (*COORDINATES, *TEXTS)]
-        self.values = {name: _floats(table, name) for name in names}
-        self.y, self.x = (table.column(name).to_numpy().astype(np.int64) for name in COORDINATES)
-        self._texts = {name: table.column(name) for name in TEXTS}
-        self.footprint = footprint
-        self.nbytes = int(table.nbytes) + sum(array.nbytes for array in (*self.values.values(), self.y, self.x))
-
-    def __len__(self) -> int:
-        return len(self.y)
-
-    def at(self, y: float, x: float) -> int | None:
-        """Return the patch that covers level-0 (y, x); of several, the one whose centre is nearest."""
-        height, width = self.footprint
-        inside = (self.y <= y) & (y < self.y + height) & (self.x <= x) & (x < self.x + width)
-        (found,) = np.nonzero(inside)
-        if not len(found):
-            return None
-        return int(found[np.argmin(self._distances(found, y - height / 2, x - width / 2))])
-
-    def neighbours(self, number: int) -> list[tuple[int, str]]:
-        """Return the numbers and directions of up to 8 patches around one, the nearest in each direction."""
-        y, x, reach = float(self.y[number]), float(self.x[number]), 1.5 * max(self.footprint)
-        near = (np.abs(self.y - y) <= reach) & (np.abs(self.x - x) <= reach)
-        near[number] = False
-        (found,) = np.nonzero(near)
-        order = found[np.argsort(self._distances(found, y, x), kind="stable")]
-        nearest: dict[str, int] = {}
-        for other in order.tolist():
-            nearest.setdefault(_direction(self.y[other] - y, self.x[other] - x), other)
-        return [(nearest[name], name) for name in DIRECTIONS if name in nearest]
-
-    def top(self, column: str, count: int, lowest: bool = False) -> list[int]:
-        """Return the patches with the highest values of a column; of overlapping ones only the highest.
-
-        Raises:
-            NotShownError: there is no such column.
-        """
-        values = self._column(column)
-        ranked = np.argsort(values if lowest else -values, kind="stable")  # NaN comes last
-        chosen: list[int] = []
-        for number in ranked[:MAX_CANDIDATES].tolist():
-            if len(chosen) == count or math.isnan(values[number]):
-                break
-            if not self._overlaps(number, chosen):
-                chosen.append(number)
-        return chosen
-
-    def row(self, number: int) -> dict[str, Any]:
-        """Return all columns of a patch; None for values that are not known.
-
-        Raises:
-            NotShownError: there is no such patch.
-        """
-        if not 0 <= number < len(self):
-            raise NotShownError(f"no patch {number}; there are {len(self)}, counted from 0")
-        row: dict[str, Any] = {"number": number, "y": int(self.y[number]), "x": int(self.x[number])}
-        row |= {name: column[number].as_py() for name, column in self._texts.items()}
-        return row | {name: _known(array[number]) for name, array in self.values.items()}
-
-    def value(self, column: str, number: int) -> float | None:
-        """Return one value of a patch; None if it is not known."""
-        return _known(self._column(column)[number])
-
-    def _column(self, name: str) -> NDArray[np.float64]:
-        if name not in self.values:
-            raise NotShownError(f"no column {name[:100]!r}; expected one of {', '.join(self.values)}")
-        return self.values[name]
-
-    def _distances(self, numbers: NDArray[np.intp], y: float, x: float) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = np.hypot(self.y[numbers] - y, self.x[numbers] - x)
-        return found
-
-    def _overlaps(self, number: int, chosen: list[int]) -> bool:
-        """Return whether a patch shares more than half its length with one of others, along both axes."""
-        height, width = self.footprint
-        return any(
-            abs(self.y[number] - self.y[o]) < height / 2 and abs(self.x[number] - self.x[o]) < width / 2 for o in chosen
-        )
-
-
-def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:
-    """Return a column as float64, so that JSON shows the numbers that are stored; null becomes NaN."""
-    return np.asarray(table.column(name).to_numpy(), np.float64)
-
-
-def _known(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _direction(dy: float, dx: float) -> str:
-    """Return a compass direction, as on a map; y runs down."""
-    return DIRECTIONS[round(math.atan2(-dy, dx) / (math.pi / 4)) % 8]
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +72,7 @@ class Read:
 
 @dataclass(frozen=True, eq=False)
 class Sampled:
-    """The patches of a slide from which places were drawn.
+    """The patches of a slide that are in the sample of the evidence.
 
     Attributes:
         numbers: in the slide's table, int64 [n].
@@ -184,19 +86,19 @@ class Sampled:
     patches: PatchTable
     state: str
 
-    def main(self) -> NDArray[np.int64]:
-        """Return which cluster contributes most to each patch, from 1 on; 0 where none does."""
-        if not self.sums.size:
-            return np.zeros(len(self.numbers), np.int64)
+    def shares(self) -> NDArray[np.float64]:
+        """Return the share of each cluster in all that clusters contribute to each patch, [n, k], signs apart."""
         sizes = np.abs(self.sums)
-        return np.where(sizes.max(axis=1) > 0, sizes.argmax(axis=1) + 1, 0)
+        whole = sizes.sum(axis=1, keepdims=True)
+        shares: NDArray[np.float64] = np.divide(sizes, whole, out=np.zeros_like(sizes), where=whole > 0)
+        return shares
 
 
 class EvidenceIndex:
     """The evidence of a run, and the patches of its sample by cluster. Safe to share between threads."""
 
-    def __init__(self, archive: Archive) -> None:
-        self._archive = archive
+    def __init__(self, archive: Archive, read_only: bool = False) -> None:
+        self._archive, self._read_only = archive, read_only
         self._lock = threading.Lock()
         self._read, self._read_at = Read(), -REFRESH_S
         self._sampled: dict[tuple[str, str], Sampled] = {}
@@ -229,28 +131,93 @@ class EvidenceIndex:
             return Read(problem=f"the slides were explained again since their evidence was sorted; {AGAIN}")
         return Read(state, found)
 
+    def _named(self, found: Evidence) -> Evidence:
+        """Return evidence with the names that stand in names.yaml by now, also in the words of its findings."""
+        names = self.names()
+        kinds = [kind.model_copy(update={"name": names.get(kind.number, "")}) for kind in found.kinds]
+        if kinds == found.kinds:
+            return found
+        return found.model_copy(update={"kinds": kinds, "findings": in_words(kinds, found.target, found.level)})
+
+    def names(self) -> dict[int, str]:
+        """Return the names of clusters, by number; those of evidence.json where names.yaml cannot be read."""
+        try:
+            check_inside(self._archive.out, self._folder.names)
+            return self._unnamed() | read_names(self._folder.names)
+        except (ConfigError, StoreError, OutsideError):
+            return {kind.number: kind.name for kind in self.read().clusters if kind.name}
+
+    def _unnamed(self) -> dict[int, str]:
+        """Return what clusters are called that nobody has named: those of bare glass."""
+        return {kind.number: kind.name for kind in self.read().clusters if kind.name == BARE_GLASS}
+
+    @property
+    def can_name(self) -> bool:
+        """Whether names can be written, as far as can be known before."""
+        folder = self._folder.place
+        return not self._read_only and (not isinstance(folder, LocalPath) or os.access(folder.path, os.W_OK))
+
+    def rename(self, given: dict[str, Any]) -> dict[str, Any]:
+        """Give a cluster a name, "" for none, in names.yaml; return what it is called by now.
+
+        `given` has the `cluster`, the `name`, the name that it `was` called, and the `state` of the evidence: neither
+        a name that somebody else has given meanwhile is lost, nor is another cluster named by an old number.
+
+        Raises:
+            MarkError: it is none of these, or no longer so.
+            ConfigError, StoreError, OutsideError: names.yaml cannot be read or written.
+        """
+        number, name, was = given.get("cluster"), given.get("name"), given.get("was")
+        if type(number) is not int or not isinstance(name, str) or not isinstance(was, str):
+            raise MarkError("a name is given to a cluster by `cluster`, `name` and the name that it `was` called")
+        if given.get("state") != self.read().state or not 0 < number <= len(self.read().clusters):
+            raise MarkError("the clusters have been found anew; load the page again")
+        check_inside(self._archive.out, self._folder.names)
+        if was == self._unnamed().get(number) and number not in read_names(self._folder.names):
+            was = ""
+        now = give_name(self._folder.names, number, name.strip(), was)
+        return {"cluster": number, "name": valid_text(now), "kept": now == name.strip()}
+
     @property
     def _folder(self) -> EvidenceFolder:
         return EvidenceFolder(self._archive.out / EVIDENCE)
 
     def collect(self, slide: ServedSlide) -> None:
-        """Keep the patches of a slide from which places were drawn, unless they are known."""
+        """Keep the patches of a slide that are in the sample, unless they are known."""
         read, key = self.read(), (slide.key, slide.version)
         known = self._sampled.get(key)
         if not read.clusters or (known is not None and known.state == read.state) or status_of(slide) != "ok":
             return
         try:
-            place = self._folder.places(slide.result.id)
-            check_inside(self._archive.out, place)
-            places = read_places(place, slide.result.plan.patches)
+            numbers, sums = self._contributions(slide, len(read.clusters))
         except (FileNotFoundError, StoreError, OutsideError):  # none was drawn; of damage `validate` speaks
-            places = np.zeros((0, 3))
-        self._sampled[key] = _sampled(slide, places, len(read.clusters), read.state)
+            numbers, sums = np.zeros(0, np.int64), np.zeros((0, len(read.clusters)))
+        self._sampled[key] = Sampled(numbers, sums, _rows_of(slide, numbers), read.state)
+
+    def _contributions(self, slide: ServedSlide, clusters: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Return a slide's patches of the sample [n], and what each cluster contributes in them [n, k].
+
+        Of all cells of each patch, or of those that were drawn where the tables of patches were left out.
+
+        Raises:
+            FileNotFoundError: there is no table of either.
+            StoreError, OutsideError: it cannot be read.
+        """
+        slide_id, patches = slide.result.id, slide.result.plan.patches
+        for place, names in (
+            (self._folder.patches(slide_id), ("patch", *(f"evidence_{number + 1}" for number in range(clusters)))),
+            (self._folder.places(slide_id), PLACES),
+        ):
+            if place.is_file():
+                check_inside(self._archive.out, place)
+                rows = read_rows(place, names, patches)
+                return (rows[:, 0].astype(np.int64), rows[:, 1:]) if names != PLACES else by_patch(rows, clusters)
+        raise FileNotFoundError(f"{slide_id}: no table of its patches or places")
 
     def facts(self) -> dict[str, Any]:
         """Describe the evidence for the page, as JSON values."""
         read, slides = self.read(), self._archive.slides()
-        found = read.evidence
+        found = None if read.evidence is None else self._named(read.evidence)
         about: dict[str, Any] = {
             "problem": valid_text(read.problem) or None,
             "clusters": [],
@@ -260,6 +227,8 @@ class EvidenceIndex:
             return about | {"clusters": []}
         return about | {
             "level": found.level,
+            "state": read.state,
+            "can_name": self.can_name,
             "target": valid_text(found.target),
             "worth_sorting": found.worth_sorting,
             "learned": valid_text(found.learned),
@@ -319,11 +288,11 @@ class EvidenceIndex:
         return apart if len(apart) == EXAMPLES else self._ranked(number, "", EXAMPLES)[0]
 
     def highest(self, slide: ServedSlide, number: int, column: str) -> list[tuple[float, int, frozenset[str]]]:
-        """Return value, number and flags of the patches of a slide's sample that are mostly of a cluster."""
+        """Return value, number and flags of the patches of a slide's sample with a `PART` of a cluster."""
         sampled = self._sampled.get((slide.key, slide.version))
-        if sampled is None or sampled.state != self.read().state:
+        if sampled is None or sampled.state != self.read().state or not 0 < number <= sampled.sums.shape[1]:
             return []
-        rows = np.flatnonzero(sampled.main() == number)
+        rows = np.flatnonzero(sampled.shares()[:, number - 1] >= PART)
         values = sampled.patches.values[column]
         return [
             (float(values[row]), int(sampled.numbers[row]), flags_of(sampled.patches, row))
@@ -332,7 +301,7 @@ class EvidenceIndex:
         ]
 
     def of_patch(self, slide: ServedSlide, number: int) -> list[dict[str, Any]] | None:
-        """Return what clusters contribute in a patch, the largest first; None where no place of it was drawn."""
+        """Return what clusters contribute in a patch, the largest first; None where it is not in the sample."""
         if not self.read().clusters:
             return None
         self.collect(slide)
@@ -360,6 +329,7 @@ def cluster_facts(kind: KindRow) -> dict[str, Any]:
     change = kind.covering.difference.value if kind.covering is not None else None
     return {
         "number": kind.number,
+        "name": valid_text(kind.name),
         "label": valid_text(kind.name) or f"cluster {kind.number}",
         "colour": f"#{valid_text(kind.colour)}",
         "side": kind.side,
@@ -376,43 +346,12 @@ def cluster_facts(kind: KindRow) -> dict[str, Any]:
     }
 
 
-def read_places(place: StoragePath, patches: int) -> NDArray[np.float64]:
-    """Return the places of a slide: patch, cluster (0 for none) and contribution, float64 [n, 3].
-
-    Raises:
-        FileNotFoundError: there is no such table.
-        StoreError: it is damaged, or of more patches than the slide has.
-    """
-    try:
-        file = pq.ParquetFile(pa.BufferReader(place.read(MAX_PLACES * PLACE_BYTES)))
-        about = file.metadata
-        size = sum(about.row_group(number).total_byte_size for number in range(about.num_row_groups))
-        if about.num_rows > MAX_PLACES or size > (about.num_rows + 1000) * PLACE_BYTES:
-            raise StoreError(f"{place}: {about.num_rows:,} places of {size:,} bytes; {AGAIN}")
-        table = file.read(list(COLUMNS), use_threads=False)
-        found = np.stack([np.asarray(table.column(name).to_numpy(), np.float64) for name in COLUMNS], axis=1)
-    except StoreError:
-        raise
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise StoreError(f"{place}: damaged ({one_line(error)}); {AGAIN}") from error
-    if not np.isfinite(found).all() or (len(found) and not 0 <= found[:, 0].min() <= found[:, 0].max() < patches):
-        raise StoreError(f"{place}: places of patches that the slide does not have; {AGAIN}")
-    return found
-
-
-def _sampled(slide: ServedSlide, places: NDArray[np.float64], clusters: int, state: str) -> Sampled:
-    """Return the patches of a slide's places [n, 3], see `read_places`, with their rows in the slide's table."""
-    numbers, rows = np.unique(places[:, 0].astype(np.int64), return_inverse=True)
-    sums = np.zeros((len(numbers), clusters))
-    own = places[:, 1].astype(np.int64)
-    inside = (own > 0) & (own <= clusters)
-    np.add.at(sums, (rows[inside], own[inside] - 1), places[inside, 2])
+def _rows_of(slide: ServedSlide, numbers: NDArray[np.int64]) -> PatchTable:
+    """Return some patches of a slide's table: their places, probabilities and quality."""
     result = slide.result
     columns = [f"probability_{label}" for label in result.classes]
     table = result.table([*COORDINATES, *TEXTS, *columns, *FLAGS]).take(pa.array(numbers))
-    return Sampled(numbers, sums, PatchTable(table, result.plan.footprint), state)
+    return PatchTable(table, result.plan.footprint)
 
 
 BEST = 12  # patches of a slide, of each class, among which those of the archive are chosen
@@ -441,8 +380,8 @@ class ArchiveTop:
         """Return the highest patches of class `label` of all slides that are collected by now, as JSON values.
 
         At most `BEST` of each slide. `site` is one of the list of slides, "" for all; `flag` is one of `FLAGS`, "none"
-        for patches without any, "" for all. With a `cluster` of the evidence they are those of its sample which that
-        cluster contributes most to.
+        for patches without any, "" for all. With a `cluster` of the evidence they are those of its sample in which that
+        cluster has a `PART` of the evidence at least.
         """
         slides, column, found = self._archive.slides(), f"probability_{label}", []
         for slide in slides:

@@ -5,6 +5,7 @@
 /api/evidence, /api/evidence/CLUSTER?site=     clusters of the evidence, and the patches of one
 /api/slides/KEY/values, .../patches/...        the values at a point, a patch, the highest patches
 /api/slides/KEY/marks, POST /api/marks         what people say of places, kept in OUT/marks.jsonl
+POST /api/names                                a name of a cluster, kept in OUT/evidence/names.yaml
 /api/slides/KEY/annotations, .../agreement?class=     outlines, and how well channels agree with a class
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
                heat/spread-DIGEST/CHANNEL/LEVEL/ROW_COLUMN.png, cells/spread-...: of an audit
@@ -16,9 +17,7 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
-import re
 import secrets
 import webbrowser
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
@@ -33,7 +32,7 @@ from starlette.convertors import PathConvertor, register_url_convertor
 from starlette.middleware import Middleware
 from starlette.routing import Route
 
-from wsi_gradcam.errors import ConfigError, MarkError, NotShownError, TileError
+from wsi_gradcam.errors import ConfigError, MarkError
 from wsi_gradcam.results.marks import KINDS, Marks, make_mark
 from wsi_gradcam.system.confinement import Limits, can_confine, isolating, limits_here
 from wsi_gradcam.viewer.across import ArchiveTop, EvidenceIndex
@@ -46,12 +45,14 @@ from wsi_gradcam.viewer.responses import (
     BusyError,
     DisconnectedError,
     Files,
+    coordinate,
     etag_response,
     handling_errors,
     image_response,
     json_response,
     page_routes,
     sent_json,
+    whole_number,
 )
 from wsi_gradcam.viewer.serve import (
     WRITING,
@@ -75,7 +76,6 @@ T = TypeVar("T")
 SLIDE, TILES = "/api/slides/{key:str}", "/tiles/{key:str}/{version:str}"
 IN_CHANNEL = "{channel:str}/{level:str}/{row:str}_{column:str}.png"
 JPEG, PNG = "image/jpeg", "image/png"
-WHOLE_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 
 
 NOT_ENCRYPTED = (
@@ -117,7 +117,7 @@ def view(
         tls: files of a certificate and its key, in PEM: the page's address is then https://.
         annotations: a file of annotations, or a folder with a file for each slide, to be shown over slides and maps.
         mask_frame: what they were drawn on, as of `in_frame`.
-        read_only: keep no marks.
+        read_only: keep no marks and no names.
         browse: open the page in a browser; a token is not in its command line.
         announce: receives a line with the page's address.
 
@@ -174,7 +174,7 @@ def make_app(
 ) -> Starlette:
     """Return the web application of a run, with the annotations of its slides and a second run to compare it with.
 
-    It keeps marks unless `read_only`.
+    It keeps marks and names unless `read_only`.
     """
     viewer = Viewer(archive, annotations or AnnotationFiles(archive, None), read_only, second)
     return Starlette(
@@ -233,7 +233,7 @@ class Viewer:
         self._marks = Marks(archive.out)
         self._agreements = Agreements(annotations)
         self._images = Images(archive)
-        self._evidence = EvidenceIndex(archive)
+        self._evidence = EvidenceIndex(archive, read_only)
         self._top = ArchiveTop(archive, self._evidence)
         compare = None if second is None else self._comparison.scores
         self._scorer = Scorer(archive, compare, self._top.collect, self._evidence.collect)
@@ -285,7 +285,8 @@ class Viewer:
             "/zarr/{path:letters}": self.zarr,
         }
         routes = [Route(path, handling_errors(handler), methods=["GET"]) for path, handler in handlers.items()]
-        return [*routes, Route(WRITING, handling_errors(self.mark), methods=["POST"])]
+        writing = zip(WRITING, (self.mark, self.name), strict=True)
+        return [*routes, *(Route(path, handling_errors(handler), methods=["POST"]) for path, handler in writing)]
 
     async def run(self, request: Request) -> Response:
         """Describe the run."""
@@ -365,9 +366,7 @@ class Viewer:
 
     async def mark(self, request: Request) -> Response:
         """Keep a mark, or take one back; the answer is sent once that is on the disk."""
-        if self._read_only:
-            raise MarkError("this viewer was started with --read-only; start it without to mark")
-        given = await sent_json(request)
+        given = await self._sent(request)
 
         def keep() -> dict[str, Any]:
             if isinstance(given.get("delete"), str):
@@ -379,6 +378,16 @@ class Viewer:
             return mark_facts(mark)
 
         return await self._json(request, keep)
+
+    async def name(self, request: Request) -> Response:
+        """Give a cluster of the evidence a name; the answer is sent once that is written."""
+        given = await self._sent(request)
+        return await self._json(request, lambda: self._evidence.rename(given))
+
+    async def _sent(self, request: Request) -> dict[str, Any]:
+        if self._read_only:
+            raise MarkError("this viewer was started with --read-only; start it without to mark and to name")
+        return await sent_json(request)
 
     async def values(self, request: Request) -> Response:
         """Return all channels' values at a point."""
@@ -460,17 +469,6 @@ class Viewer:
         return await (threads or self._threads).run(request.is_disconnected, function)
 
 
-def whole_number(text: str) -> int:
-    """Return a whole number of an address.
-
-    Raises:
-        TileError: the text is not one, or has more than nine digits.
-    """
-    if WHOLE_NUMBER.fullmatch(text) is None:
-        raise TileError(f"{text[:40]!r} is not a whole number up to 999999999")
-    return int(text)
-
-
 def _tile(request: Request) -> tuple[int, int, int]:
     level, row, column = (whole_number(request.path_params[name]) for name in ("level", "row", "column"))
     return level, row, column
@@ -478,18 +476,3 @@ def _tile(request: Request) -> tuple[int, int, int]:
 
 def _point(request: Request) -> tuple[float, float]:
     return coordinate(request.query_params.get("y", "")), coordinate(request.query_params.get("x", ""))
-
-
-def coordinate(text: str) -> float:
-    """Return a coordinate of an address, in level-0 px.
-
-    Raises:
-        NotShownError: the text is not a finite number.
-    """
-    try:
-        value = float(text[:40])
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise NotShownError(f"{text[:40]!r} is not a coordinate; expected y and x in level-0 px")
-    return value

@@ -6,6 +6,7 @@ Reports, overviews, heatmaps and the page's own modules are served as they are.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -51,6 +52,7 @@ NO_STORE = "no-store"
 BODY_S = 15.0  # for all that a page sends
 # Larger files are requested in several parts, which bounds the memory of a response.
 MAX_BYTES = 32 << 20
+WHOLE_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 BYTE_RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))", re.ASCII)
 
 
@@ -70,6 +72,7 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (OutsideError, 403),
     (RangeError, 416),
     (MarkError, 400),
+    (ConfigError, 400),  # a file beside the results that somebody has written
     (SlideReadError, 502),
     (SlideError, 404),
     (BusyError, 503),
@@ -97,23 +100,49 @@ async def sent_json(request: Request) -> dict[str, Any]:
     """Return the mapping that a request sends as JSON, once all of it has come.
 
     Raises:
-        MarkError: it is larger than a mark is, comes too slowly, or is no mapping in JSON.
+        MarkError: it is larger than marks and names are, comes too slowly, or is no mapping in JSON.
     """
     data = b""
     with anyio.move_on_after(BODY_S) as scope:
         async for part in request.stream():
             data += part
             if len(data) > MAX_LINE:
-                raise MarkError(f"a mark has up to {MAX_LINE >> 10} KiB")
+                raise MarkError(f"what is sent has up to {MAX_LINE >> 10} KiB")
     if scope.cancelled_caught:
-        raise MarkError(f"a mark is sent within {BODY_S:g} s")
+        raise MarkError(f"marks and names are sent within {BODY_S:g} s")
     try:
         found = read_json(data)
     except (DocumentError, ValueError) as error:
-        raise MarkError("a mark is JSON") from error
+        raise MarkError("marks and names are sent as JSON") from error
     if not isinstance(found, dict):
-        raise MarkError("a mark is a mapping")
+        raise MarkError("marks and names are mappings")
     return found
+
+
+def whole_number(text: str) -> int:
+    """Return a whole number of an address.
+
+    Raises:
+        TileError: the text is not one, or has more than nine digits.
+    """
+    if WHOLE_NUMBER.fullmatch(text) is None:
+        raise TileError(f"{text[:40]!r} is not a whole number up to 999999999")
+    return int(text)
+
+
+def coordinate(text: str) -> float:
+    """Return a coordinate of an address, in level-0 px.
+
+    Raises:
+        NotShownError: the text is not a finite number.
+    """
+    try:
+        value = float(text[:40])
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise NotShownError(f"{text[:40]!r} is not a coordinate; expected y and x in level-0 px")
+    return value
 
 
 def etag_response(request: Request, data: bytes, media_type: str, headers: dict[str, str] | None = None) -> Response:

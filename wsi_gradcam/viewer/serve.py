@@ -67,7 +67,7 @@ HEADERS = {
 # A name or an IPv4 address, or an IPv6 address in brackets; and a port. Nothing else is a Host header of a browser.
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9_.-]{1,253}))(?::[0-9]{1,5})?", re.ASCII)
 MAX_TARGET_BYTES = 4096
-WRITING = "/api/marks"  # the only path that takes what a page sends
+WRITING = ("/api/marks", "/api/names")  # the only paths that take what a page sends
 
 
 @dataclass(frozen=True)
@@ -243,17 +243,17 @@ def _is_cross_site(headers: Mapping[str, str], path: str) -> bool:
 
 
 def _refuse_writing(scope: Scope, headers: Mapping[str, str]) -> Response | None:
-    """Refuse requests that would change anything, but those of our own page that keep marks, as JSON.
+    """Refuse requests that would change anything, but those of our own page that keep marks and names, as JSON.
 
     Browsers say of each POST which page makes it; a page of another site can neither claim to be ours nor send JSON
     without asking first, which nothing here allows.
     """
-    if scope["method"] != "POST" or scope["path"] != WRITING:
+    if scope["method"] != "POST" or scope["path"] not in WRITING:
         return Response("only GET and HEAD are answered\n", 405, {"Allow": "GET, HEAD"}, "text/plain")
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        return _refuse(415, "marks are sent as application/json")
+        return _refuse(415, "marks and names are sent as application/json")
     if "origin" not in headers:  # which another check compares
-        return _refuse(403, "marks are kept for the viewer's own page, which sends its Origin")
+        return _refuse(403, "marks and names are kept for the viewer's own page, which sends its Origin")
     return None
 
 

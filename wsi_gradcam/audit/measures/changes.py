@@ -41,7 +41,7 @@ STEPS = (-1.0, -0.5, -0.25, -0.1, -0.05, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 @dataclass(frozen=True, eq=False)
 class FiniteSteps:
-    """Steps along (positive) and against the map: changes promised by the gradient and actual ones, for P patches.
+    """Steps along (positive) and against the map: changes that the gradient predicts, and actual ones, for P patches.
 
     Attributes:
         steps: [S] ascending, without 0; at -1, the map's highest place is replaced altogether.
@@ -57,8 +57,8 @@ class FiniteSteps:
     def worth(self) -> Numbers:
         """(moved - missed) / (moved + missed), [P], for the side (along, against) where it is lower.
 
-        moved is the sum of actual² over the side's steps, missed that of (actual - promised)². 1: the promise is kept;
-        0: it is worth as much as promising no change; -1: nothing moves. NaN if nothing was promised either.
+        moved is the sum of actual² over the side's steps, missed that of (actual - promised)². 1: exactly predicted;
+        0: no better than predicting no change; -1: nothing moves. NaN if no change was predicted either.
         """
         return np.fmin(*(self._worth(side) for side in (self.steps > 0, self.steps < 0)))
 
@@ -70,12 +70,12 @@ class FiniteSteps:
 
     @property
     def departure(self) -> Numbers:
-        """[P, S] actual minus promised, in logits: below 0 on the far side of a cliff."""
+        """[P, S] actual minus predicted, in logits: below 0 on the far side of a cliff."""
         return self.actual - self.promised
 
     @property
     def reach(self) -> Numbers:
-        """[P] the largest step, either way, up to which all steps are closer to the promise than to no change."""
+        """[P] the largest step, either way, up to which all steps are closer to the prediction than to no change."""
         found = np.zeros(len(self.actual))
         kept = np.abs(self.departure) < np.abs(self.actual)
         for size in np.unique(np.abs(self.steps)):
@@ -91,7 +91,7 @@ def finite_steps(
 
     x(t) = x + t m ⊙ (x - x'), where m is the positive part of the enlarged map over its largest value, and x' is
     `others`, the picture without content: a blurred patch, a colour. So t = -1 removes what the map shows, and t = 1
-    shows it twice as strongly. The promise is t <ds/dx, m ⊙ (x - x')>, from one backward pass of the network.
+    shows it twice as strongly. The prediction is t <ds/dx, m ⊙ (x - x')>, from one backward pass of the network.
     """
     weight = enlarge(maps.float(), (images.shape[2], images.shape[3])).clamp(min=0)[:, None]
     largest = weight.amax(dim=(2, 3), keepdim=True)
@@ -135,7 +135,7 @@ def hiding_changes(
 ) -> tuple[Numbers, Numbers]:
     """Return (promised, actual) changes [P, R] of hiding each of `masks` bool [R, H, W], for `infidelity`.
 
-    A map of cells promises the sum of what the mask covers, each cell by the part that is covered.
+    A map of cells predicts the sum of what the mask covers, each cell by the part that is covered.
     """
     cells = torch.stack([enlarge(mask[None].float(), (maps.shape[1], maps.shape[2]))[0] for mask in masks])
     promised = torch.einsum("phw,rhw->pr", maps.cpu().double(), cells.cpu().double())

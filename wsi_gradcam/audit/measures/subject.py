@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,7 +24,6 @@ from wsi_gradcam.errors import ModelError
 from wsi_gradcam.models.spec import Activation, probabilities
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
     from torch import nn
 
@@ -189,3 +189,30 @@ def centre_maps(grid: tuple[int, int]) -> Tensor:
     height, width = grid
     y, x = ((torch.arange(n) + 0.5) * 2 / n - 1 for n in (height, width))
     return -(y[:, None] ** 2 + x[None, :] ** 2)[None]
+
+
+REACH = 1.5  # footprints from which a probability still counts in a map of probabilities
+
+
+def probability_maps(
+    yx: NDArray[np.int64],
+    places: NDArray[np.int64],
+    shares: NDArray[np.float32],
+    footprint: tuple[float, float],
+    grid: tuple[int, int],
+) -> NDArray[np.float32]:
+    """Return maps of the probabilities of patches round about alone, on patches at `yx`, [n, classes, h, w].
+
+    At each cell the mean of `shares` [N, classes] of the patches at `places` [N, 2], weighed by a Gaussian of the
+    distance of their centres, of half a footprint. It knows what the model answers, and nothing of why.
+    """
+    cells = np.stack(np.meshgrid(*((np.arange(n) + 0.5) / n for n in grid), indexing="ij"), axis=-1).reshape(-1, 2)
+    found = np.zeros((len(yx), shares.shape[1], len(cells)), np.float32)
+    size = np.array(footprint)
+    for i, corner in enumerate(yx):
+        near = (np.abs(places - corner) < REACH * size).all(axis=1)
+        centres = (places[near] - corner) / size + 0.5
+        squares = ((cells[:, None] - centres[None]) ** 2).sum(axis=-1) / (2 * 0.5**2)
+        weight = np.exp(-squares)
+        found[i] = (weight @ shares[near] / weight.sum(axis=1, keepdims=True)).T
+    return found.reshape(len(yx), shares.shape[1], *grid)

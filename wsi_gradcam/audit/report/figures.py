@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING
@@ -21,12 +22,13 @@ from matplotlib.figure import Figure
 from PIL import Image
 from scipy.ndimage import binary_erosion
 
-from wsi_gradcam.audit.archive import ANNOTATED, REGION
 from wsi_gradcam.audit.measurements import Patches, record_from
 from wsi_gradcam.audit.questions.faithfulness import Faithfulness
 from wsi_gradcam.audit.questions.gradients import Saturation
 from wsi_gradcam.audit.schema import EDGES, RANDOM, CurvesFigure
+from wsi_gradcam.results.display import OUTLINE_COLOURS
 from wsi_gradcam.results.overview import opened_picture
+from wsi_gradcam.tissue.annotations import REGION
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -186,7 +188,8 @@ class Example:
         map: float32 [h, w] of the first method, as heatmaps show it.
         leaky: the same with gradients that leak through inactive ReLUs; None where it is not known.
         curves: of deletion and insertion, by the map's name: (deletion [Q], insertion [Q]).
-        drawn: what is drawn on it, uint8 [side, side], see `audit.archive.drawn_labels`; None for nothing.
+        drawn: what is drawn on it, [side, side], see `audit.archive.drawn_labels`; None for nothing.
+        names: of the classes and regions that its bits stand for.
     """
 
     title: str
@@ -194,23 +197,53 @@ class Example:
     map: NDArray[np.float32]
     leaky: NDArray[np.float32] | None
     curves: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
-    drawn: NDArray[np.uint8] | None = None
+    drawn: NDArray[np.unsignedinteger] | None = None
+    names: Sequence[str] = ()
 
     @property
-    def is_drawn_on(self) -> bool:
-        """Whether any of it is annotated, or of a region."""
-        return self.drawn is not None and bool(self.drawn.any())
+    def outlined(self) -> list[str]:
+        """The classes and regions that it shows a part of."""
+        return shown_names(self.drawn, self.names)
 
-    def pictures(self, scale: float) -> list[Picture]:
+    def pictures(self, scale: float, colours: Mapping[str, str]) -> list[Picture]:
         """Return the patch, its map, and where there is one the map with leaky gradients; `scale` as for `coloured`.
 
-        What is drawn on the patch is outlined in all of them.
+        What is drawn on the patch is outlined in all of them, in `colours` by name.
         """
-        lines = " with outlines" if self.is_drawn_on else ""
+        lines = f" with outlines of {', '.join(self.outlined)}" if self.outlined else ""
         parts = [(self.rgb, f"the patch{lines}"), (coloured(self.rgb, self.map, scale), f"its map{lines}")]
         if self.leaky is not None:
             parts.append((coloured(self.rgb, self.leaky, scale), f"its map with leaky gradients{lines}"))
-        return [picture(outlined(rgb, self.drawn), f"{self.title}: {what}") for rgb, what in parts]
+        lines_of = [colours[name] for name in self.names]
+        return [picture(outlined(rgb, self.drawn, lines_of), f"{self.title}: {what}") for rgb, what in parts]
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnSlide:
+    """A slide, small, with what is drawn on it: bits [h, w] and their names, as of `Example`."""
+
+    slide: str
+    rgb: NDArray[np.uint8]
+    drawn: NDArray[np.unsignedinteger]
+    names: Sequence[str]
+
+    @classmethod
+    def of(cls, arrays: Arrays, slide: str) -> DrawnSlide | None:
+        """Return it from a slide's first batch; None where nothing is drawn."""
+        bits = arrays.get("shown/slide_drawn")
+        if bits is None or not bits.any():
+            return None
+        return cls(slide, arrays["shown/slide"][0], bits[0], drawn_names(arrays["shown/slide_names"]))
+
+    @property
+    def outlined(self) -> list[str]:
+        """The classes and regions that are on the slide."""
+        return shown_names(self.drawn, self.names)
+
+    def picture(self, colours: Mapping[str, str]) -> Picture:
+        """Return the slide with outlines in `colours` by name."""
+        lines = outlined(self.rgb, self.drawn, [colours[name] for name in self.names])
+        return picture(lines, f"{self.slide}: outlines of {', '.join(self.outlined)}")
 
 
 def examples_of(
@@ -237,6 +270,7 @@ def examples_of(
             None if leaky is None else leaky[i] * np.float32(factor),
             {name: (one.deletion[i], one.insertion[i]) for name, one in of_maps.items()},
             None if patches.drawn is None else patches.drawn[i],
+            () if patches.drawn is None else drawn_names(arrays.get("shown/drawn_names")),
         )
         for i in dict.fromkeys(chosen)
     ]
@@ -275,18 +309,39 @@ def coloured(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float) ->
     return np.asarray((gray * (1 - opacity) + colour * opacity).round(), np.uint8)
 
 
-LINES = {ANNOTATED: (0x4D, 0xE2, 0xA0), REGION: (0xFF, 0xB0, 0x00)}  # green and orange, with a dark edge
+OLD_NAMES = ("annotated", f"{REGION}given")  # of results of older versions, which did not tell classes apart
 
 
-def outlined(rgb: NDArray[np.uint8], labels: NDArray[np.uint8] | None) -> NDArray[np.uint8]:
-    """Return a picture with lines round each label's areas: a line in its colour outside, a dark one inside of it."""
-    if labels is None:
+def drawn_names(stored: NDArray[np.str_] | None) -> tuple[str, ...]:
+    """Return the names of the bits of what is drawn, see `audit.archive.drawn_labels`."""
+    return OLD_NAMES if stored is None else tuple(json.loads(str(stored[0])))
+
+
+def shown_names(bits: NDArray[np.unsignedinteger] | None, names: Sequence[str]) -> list[str]:
+    """Return the names of which a picture has a part."""
+    return [] if bits is None else [name for bit, name in enumerate(names) if ((bits >> bit) & 1).any()]
+
+
+def outline_colours(names: Iterable[str]) -> dict[str, str]:
+    """Return a colour, such as "#ffffff", for each of some names, in the order of the viewer's."""
+    known = dict.fromkeys(names)
+    return {name: f"#{OUTLINE_COLOURS[number % len(OUTLINE_COLOURS)]}" for number, name in enumerate(known)}
+
+
+def outlined(
+    rgb: NDArray[np.uint8], bits: NDArray[np.unsignedinteger] | None, colours: Sequence[str]
+) -> NDArray[np.uint8]:
+    """Return a picture with lines round the areas of each bit: one in its colour outside, a dark one inside of it."""
+    if bits is None:
         return rgb
-    large = np.asarray(Image.fromarray(labels).resize(rgb.shape[1::-1], Image.Resampling.NEAREST))
-    found = rgb.copy()
-    for label, colour in LINES.items():
-        inside = large == label
-        for line in (colour, (0, 0, 0)):
+    found, rows, columns = (
+        rgb.copy(),
+        *(np.arange(n) * side // n for n, side in zip(rgb.shape, bits.shape, strict=False)),
+    )
+    large = bits[rows[:, None], columns[None]]
+    for bit, colour in enumerate(colours):
+        inside = ((large >> bit) & 1).astype(np.bool_)
+        for line in (tuple(bytes.fromhex(colour[1:])), (0, 0, 0)):
             inner = binary_erosion(inside, border_value=1)
             found[inside & ~inner] = line
             inside = inner

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -15,12 +15,14 @@ from wsi_gradcam.audit.questions.faithfulness import CURVE_FRACTIONS, CURVES, SC
 from wsi_gradcam.audit.report.figures import (
     SHOWN,
     SMALL_PANEL,
+    DrawnSlide,
     Example,
     Picture,
     colour_scale,
     curves_figure,
     drawn,
     examples_of,
+    outline_colours,
     scale_of,
     smaller,
 )
@@ -83,16 +85,12 @@ class Legend:
 
 @dataclass(frozen=True)
 class ExampleCard:
-    """An example patch: its pictures, of which the last is of leaky gradients if `leaky`, and its curves.
-
-    `outlined` says whether annotations or regions are drawn on it.
-    """
+    """An example patch: its pictures, of which the last is of leaky gradients if `leaky`, and its curves."""
 
     title: str
     pictures: Sequence[Picture]
     leaky: bool
     curves: Svg | None
-    outlined: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,10 +144,18 @@ def archive_page(
     return _page(title, metrics, examples, scale, slides=urls, looks_at=looks_at)
 
 
-def slide_page(metrics: Metrics, examples: Sequence[Example], scale: float, overview: Picture | None) -> bytes:
+def slide_page(
+    metrics: Metrics,
+    examples: Sequence[Example],
+    scale: float,
+    overview: Picture | None,
+    drawn_slide: DrawnSlide | None = None,
+) -> bytes:
     """Return the page of a slide."""
     up = "../" * (metrics.slide.count("/") + 1)
-    return _page(metrics.slide, metrics, examples, scale, archive_url=up + REPORT, overview=overview)
+    return _page(
+        metrics.slide, metrics, examples, scale, archive_url=up + REPORT, overview=overview, drawn_slide=drawn_slide
+    )
 
 
 def _page(
@@ -161,8 +167,12 @@ def _page(
     slides: Mapping[str, str] | None = None,
     archive_url: str = "",
     overview: Picture | None = None,
+    drawn_slide: DrawnSlide | None = None,
     looks_at: Sequence[str] = (),
 ) -> bytes:
+    colours = outline_colours(
+        [*(() if drawn_slide is None else drawn_slide.names), *(name for example in examples for name in example.names)]
+    )
     first, unit_of = metrics.run.methods[0], metrics.run.unit
     units = "patches" if unit_of == "patch" else "slides"
     unit = UNITS[METHOD_INFO[first].unit if unit_of == "patch" else "logit"]
@@ -179,7 +189,10 @@ def _page(
         square=square(metrics.quadrants),
         undecided=undecided(metrics.quadrants, units),
         legend=Legend(colour_scale(scale, unit), scale, unit),
-        examples=[_card(example, scale) for example in examples],
+        examples=[_card(example, scale, colours) for example in examples],
+        outlines=_seen(colours, (name for example in examples for name in example.outlined)),
+        drawn_slide=None if drawn_slide is None else drawn_slide.picture(colours),
+        slide_outlines={} if drawn_slide is None else _seen(colours, drawn_slide.outlined),
         questions=[_question(metrics, name) for name in questions_of(unit_of) if name in metrics.run.questions],
         strata=[_strata_cells(row) for row in metrics.strata],
         against=[_against_cells(row) for row in metrics.against.comparisons] if metrics.against else [],
@@ -250,9 +263,15 @@ def undecided(quadrants: Sequence[QuadrantRow], units: str = "patches") -> list[
     ]
 
 
-def _card(example: Example, scale: float) -> ExampleCard:
+def _card(example: Example, scale: float, colours: Mapping[str, str]) -> ExampleCard:
     curves = _patch_curves(example) if example.curves else None
-    return ExampleCard(example.title, example.pictures(scale), example.leaky is not None, curves, example.is_drawn_on)
+    return ExampleCard(example.title, example.pictures(scale, colours), example.leaky is not None, curves)
+
+
+def _seen(colours: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Return the colours of names, each once, in the order of all."""
+    seen = set(names)
+    return {name: colour for name, colour in colours.items() if name in seen}
 
 
 def _patch_curves(example: Example) -> Svg:
@@ -369,12 +388,11 @@ def write_reports(
     alone = replace(archive, not_audited=())
     for slide in slides:
         own = metrics_of(data.of_slide(slide), plan, alone, slide)
-        examples = examples_of(
-            read_arrays(folder.batch(slide, digest, 0)), slide, method, factor, plan.run.facts.classes
-        )
+        first = read_arrays(folder.batch(slide, digest, 0))
+        examples = examples_of(first, slide, method, factor, plan.run.facts.classes)
         if len(shown) < SHOWN:
             shown += examples[:each]
-        page = slide_page(own, examples, scale, _overview(plan, slide))
+        page = slide_page(own, examples, scale, _overview(plan, slide), DrawnSlide.of(first, slide))
         folder.slide_report(slide).write(page)
     looks_at = evidence_words(plan.run.out, plan.run_digest)
     folder.report.write(archive_page(metrics, slides, shown[:SHOWN], scale, folder.path_of, looks_at))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from wsi_gradcam.errors import AnnotationError, ConfigError, as_path
+from wsi_gradcam.errors import AnnotationError, ConfigError, SlideError, as_path
 from wsi_gradcam.geometry import Region
 from wsi_gradcam.io.local import alike
+from wsi_gradcam.slides import thumbnail
 from wsi_gradcam.tissue.annotations.areas import Annotations, Area, Drawn, Shapes, rasterise
 from wsi_gradcam.tissue.annotations.regions import ENDINGS, Moved, Regions, read_annotations, read_bytes, tissue_within
 
@@ -20,9 +22,11 @@ if TYPE_CHECKING:
 
     from wsi_gradcam.inputs.find import SlideEntry
     from wsi_gradcam.run.settings import Settings
+    from wsi_gradcam.slides import Slide
 
 __all__ = [
     "ENDINGS",
+    "REGION",
     "Annotations",
     "Area",
     "Drawn",
@@ -31,6 +35,7 @@ __all__ = [
     "check_mask",
     "check_masks",
     "class_outlines",
+    "drawn_labels",
     "entry_outlines",
     "entry_regions",
     "find_mask",
@@ -39,6 +44,7 @@ __all__ = [
     "rasterise",
     "read_annotations",
     "read_regions",
+    "slide_picture",
     "tissue_within",
 ]
 
@@ -284,3 +290,30 @@ def check_ending(path: Path) -> None:
             f"{path}: neither annotations nor a mask; expected one of the endings {' '.join(ENDINGS)}"
             + (", because JPEG changes pixel values" if path.suffix.lower() in (".jpg", ".jpeg") else "")
         )
+
+
+MAX_DRAWN = 32  # classes and regions that are outlined in pictures
+REGION = "region: "  # before the names of regions
+
+
+def drawn_labels(
+    classes: Mapping[str, NDArray[np.bool_]], regions: Mapping[str, NDArray[np.bool_]]
+) -> tuple[NDArray[np.uint32], str]:
+    """Return what is drawn on pictures, uint32 [...], a bit for each class and region, and their names as JSON."""
+    masks = {**classes, **{f"{REGION}{name}": mask for name, mask in regions.items()}}
+    names = list(masks)[:MAX_DRAWN]
+    found = np.zeros(next(iter(masks.values())).shape if masks else (0, 0), np.uint32)
+    for bit, name in enumerate(names):
+        found[masks[name]] |= np.uint32(1 << bit)
+    return found, json.dumps(names)
+
+
+SLIDE_PX = 700  # of the longer side of a slide's picture
+
+
+def slide_picture(slide: Slide) -> NDArray[np.uint8] | None:
+    """Return the slide, small, uint8 [h, w, 3]; None if it cannot be read as a whole."""
+    try:
+        return thumbnail(slide, 0.0, SLIDE_PX).rgb
+    except SlideError:
+        return None

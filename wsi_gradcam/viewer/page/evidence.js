@@ -1,7 +1,7 @@
 // What the model looks at: the clusters of `wsi-gradcam evidence`, their patches across the archive, and their places.
 
 import { patchItem } from "./archive_top.js";
-import { element, fill, find, option, shareBar, short } from "./dom.js";
+import { element, fill, find, option, say, shareBar, short } from "./dom.js";
 import * as server from "./server.js";
 
 const COUNT = 60;
@@ -80,12 +80,13 @@ export class Evidence {
   }
 
   about() {
-    const { target, places, slides, clusters, report } = this.facts;
+    const { target, places, slides, clusters, report, can_name: canName } = this.facts;
     return element("p", { class: "facts" },
       `${counted(places, "place")} of ${counted(slides, "slide")}, sorted by what in them speaks for or against ` +
       `${target}: ${counted(clusters.length, "cluster")}. `,
       element("a", { href: report.slice(1), target: "_blank", rel: "noopener" }, "Report with all numbers"),
-      ". To name clusters, edit evidence/names.yaml and run the command again.");
+      canName ? ". A cluster can be named on its own page (F2 there); the report and exports take names over when the command is run again."
+        : ".");
   }
 
   overview() {
@@ -121,13 +122,16 @@ export class Evidence {
     const list = element("ul", { id: "cluster-patches", class: "patch-list" });
     const found = element("span", { role: "status", class: "facts" });
     const held = document.activeElement?.id;
+    const typed = held === "cluster-name" ? find(held) : null; // it is built anew while slides are read
     fill(this.element,
       element("p", {}, element("a", { href: "#evidence", id: "all-clusters" }, "All clusters")),
       element("h3", { class: "cluster-title" }, clusterName(cluster), ...flags(cluster)),
+      this.naming(cluster),
       this.numbers(cluster),
       element("div", { class: "gallery-head" }, facts.sites.length ? element("label", {}, "Site ", sites) : null, found),
       list);
     if (held) find(held)?.focus();
+    if (typed && find("cluster-name")) Object.assign(find("cluster-name"), { value: typed.value, was: typed.was });
     try {
       const { patches, found: count } = await server.clusterPatches(cluster.number, { site: this.site, count: COUNT });
       const reading = facts.collected < facts.finished ? `, of ${facts.collected} of ${facts.finished} slides so far` : "";
@@ -138,6 +142,46 @@ export class Evidence {
     } catch (error) {
       found.textContent = error.message;
     }
+  }
+
+  /** A field that names a cluster; what it was called is sent, too, so that no name of another window is lost. */
+  naming(cluster) {
+    if (!this.facts.can_name) return null;
+    const field = element("input", {
+      type: "text", id: "cluster-name", value: cluster.name, maxlength: "100", autocomplete: "off",
+      placeholder: `cluster ${cluster.number}`,
+      onkeydown: (event) => { if (event.key === "Enter") this.rename(cluster, field); },
+    });
+    field.was = cluster.name;
+    return element("div", { class: "cluster-naming" },
+      element("label", {}, "Name ", field),
+      element("button", { type: "button", id: "name-cluster", title: "Key F2 leads to the field", onclick: () => this.rename(cluster, field) }, "Save"),
+      element("span", { class: "error", id: "name-problem", role: "status" }));
+  }
+
+  async rename(cluster, field) {
+    const name = field.value.trim();
+    try {
+      const found = await server.nameCluster({ cluster: cluster.number, name, was: field.was, state: this.facts.state });
+      if (!found.kept) {
+        field.was = found.name;
+        throw new Error(`It is called ${found.name ? `“${found.name}”` : "nothing"} by now; save again to rename it.`);
+      }
+      say(name ? `Cluster ${cluster.number} is called ${name}` : `Cluster ${cluster.number} has no name now`);
+      field.blur();
+      await this.show(cluster.number);
+      find("name-cluster")?.focus();
+    } catch (error) {
+      if (this.number === cluster.number) find("name-problem").textContent = error.message;
+    }
+  }
+
+  /** Lead the keyboard to the name of the cluster that is shown; false where none is. */
+  editName() {
+    const field = this.element.hidden ? null : find("cluster-name");
+    field?.focus();
+    field?.select();
+    return Boolean(field);
   }
 
   numbers(cluster) {
@@ -168,7 +212,7 @@ export class Evidence {
       : rows.length ? [element("ul", { class: "patch-clusters" }, ...rows.map(({ cluster, share, contribution }) =>
         element("li", {}, element("a", { href: `#evidence=${cluster}` }, clusterName(this.cluster(cluster))),
           element("span", { class: "facts", title: `contribution ${short(contribution)}` }, percent(share)))))]
-        : [element("p", { class: "facts" }, "None of the sampled cells of this patch is in a cluster.")];
+        : [element("p", { class: "facts" }, "No cell of this patch that was looked at is in a cluster.")];
     return element("div", { id: "patch-evidence" }, element("h3", {}, "Clusters of the evidence"), ...body);
   }
 }

@@ -506,6 +506,7 @@ class App {
       [["t"], "show or hide the top patches", () => this.toggleStrip()],
       [["T"], "the highest patches of all slides", () => this.go(!this.slide && this.archiveTop.isShown ? "#" : "#top")],
       [["E"], "the clusters of the evidence", () => this.toggleEvidence()],
+      [["F2"], "name the cluster that is shown", () => this.evidence.editName() || say("No cluster is shown that can be named.")],
       [["r"], "rotate by 90 degrees", () => this.turnBy(90)],
       [["d"], "measure a length", () => this.measure.toggle()],
       [["s"], "save the view as an image", () => this.views && savePicture(this.views, this.slide.id)],

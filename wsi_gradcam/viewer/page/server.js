@@ -37,6 +37,7 @@ export const evidence = () => json("api/evidence");
 export const clusterPatches = (number, values) => json(`api/evidence/${number}?${query(values)}`);
 export const marks = (key) => json(`api/slides/${key}/marks`);
 export const mark = (value) => send("api/marks", value);
+export const nameCluster = (value) => send("api/names", value);
 export const patchAt = (key, y, x) => json(`api/slides/${key}/patches/at?${query({ y, x })}`);
 export const patch = (key, number) => json(`api/slides/${key}/patches/${number}`);
 export const top = (key, by, count, order) => json(`api/slides/${key}/patches/top?${query({ by, count, order })}`);
