@@ -97,7 +97,7 @@ def test_lost_files_and_files_more_in_folders_are_noticed(all_formats: Path) -> 
         data = path.read_bytes()
         path.unlink()
         if name == EXPORTS:
-            with pytest.raises(ConfigError, match=r"or exports with exports\.json"):
+            with pytest.raises(ConfigError, match=r"has no run\.yaml"):
                 check(all_formats)
         else:
             assert len(told(all_formats)) == 1, name

@@ -205,7 +205,7 @@ def test_failed_slides_are_told_by_the_run_not_here(good: Path, tmp_path: Path) 
 
 
 def test_what_is_no_result_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no run\.yaml there"):
+    with pytest.raises(ConfigError, match=r"does not exist or is empty, expected results"):
         validate(tmp_path)
-    with pytest.raises(ConfigError, match=r"no run\.yaml there"):
+    with pytest.raises(ConfigError, match=r"does not exist or is empty, expected results"):
         validate(tmp_path / "none")
