@@ -40,6 +40,8 @@ def write_inputs(folder: Path) -> Path:
     toy_file(folder, "three_classes", source="tests.toy_models:pooled_linear", classes=["a", "b", "c"])
     toy_file(folder, "unknown_key", source="tests.toy_models:pooled_linear", layr="features")
     (folder / "empty").mkdir()
+    (folder / "pictures").mkdir()
+    (folder / "pictures" / "a.PNG").write_bytes(b"")
     (folder / "file").write_text("a file", encoding="utf-8")
     return folder
 

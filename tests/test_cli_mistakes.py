@@ -30,6 +30,14 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
         ["{made}/empty"],
         r"{made}/empty: no slides in this folder; .*\.svs .*give the folder with the slides",
     ),
+    "folder of pictures": (
+        ["{made}/pictures"],
+        r"{made}/pictures: no slides in this folder; .*pictures must be named, as in '{made}/pictures/\*\.PNG'",
+    ),
+    "out is the archive": (
+        ["--out", "{slides}"],
+        r"{slides}/a\.tif: is where the slide's own results would be; choose another --out, such as {slides}/results",
+    ),
     "no such class": (["--target", "tumor"], r"target 'tumor' is not a class .*expected one of other, marker"),
     "no such index": (["--target", "2"], r"target '2' is not a class .*an index below 2"),
     "no such layer": (["--layer", "layer4"], r"no layer 'layer4'; it has features, fc"),
@@ -158,6 +166,20 @@ def test_results_of_another_model_are_refused(run: Run, made: Path, finished: Pa
     assert code == 2
     assert re.search(r"holds results of another model .*choose another --out.* --overwrite", only_error(err))
     assert differing(tmp_path, finished) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("audit {} --only faithfulnes", "faithfulness"),
+        ("audit {} --fail-on stabilty", "stability"),
+        ("export {} --to pngs", "png"),
+    ],
+)
+def test_misspelt_questions_and_formats_are_recognised(line: str, meant: str, run: Run, finished: Path) -> None:
+    code, _, err = run(*(part.format(finished) for part in line.split()))
+    assert code == 2
+    assert f"did you mean {meant}" in only_error(err)
 
 
 @pytest.mark.parametrize("command", ["audit", "view", "export --to png", "status", "validate", "card oral-tumour"])

@@ -277,7 +277,12 @@ def _chosen(
     with allowing(settings.allow_hosts):
         found = search_slides([slides] if isinstance(slides, str | PathLike) else slides, str(folder.place))
     patterns = [[given] if isinstance(given, str) else given for given in (only, skip)]
-    return choose_slides(assign_ids(found.entries, read_slide_records(folder.record)), *patterns), found.remarks
+    chosen = choose_slides(assign_ids(found.entries, read_slide_records(folder.record)), *patterns)
+    if inside := next((entry.path for entry in chosen if entry.path == str(folder.slide(entry.id).place)), None):
+        raise ConfigError(
+            f"{inside}: is where the slide's own results would be; choose another --out, such as {folder.place}/results"
+        )
+    return chosen, found.remarks
 
 
 def _prepared(

@@ -17,7 +17,7 @@ import numpy as np
 from pydantic import Field
 
 from wsi_gradcam.audit.schema import ATTENTION, BAG_QUESTIONS, QUESTIONS, SINGLE, Unit, questions_of
-from wsi_gradcam.errors import ConfigError, StoreError
+from wsi_gradcam.errors import ConfigError, StoreError, did_you_mean
 from wsi_gradcam.io.base import SMALL_BYTES
 from wsi_gradcam.io.documents import open_zip, read_json
 from wsi_gradcam.io.zarr_stores import ZARR_CONTENTS
@@ -298,9 +298,8 @@ def check_questions(names: Sequence[str], unit: Unit | None = None) -> None:
     for name in names:
         if name not in known:
             what = "" if unit is None else {"patch": " of patches", "slide": " of slide-level models"}[unit]
-            raise ConfigError(
-                f"{name!r} is not one of the audit's questions{what}; expected some of {', '.join(known)}"
-            )
+            mend = did_you_mean(name, known) or f"expected some of {', '.join(known)}"
+            raise ConfigError(f"{name!r} is not one of the audit's questions{what}; {mend}")
 
 
 def asked_questions(only: Sequence[str], unit: Unit) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from wsi_gradcam.errors import ConfigError, ResultError, StoreError, UnknownNameError, one_line
+from wsi_gradcam.errors import ConfigError, ResultError, StoreError, UnknownNameError, did_you_mean, one_line
 from wsi_gradcam.evidence.labels import open_clusters
 from wsi_gradcam.export.job import RUN, Job, Journal, Options
 from wsi_gradcam.io.paths import StoragePathLike
@@ -117,7 +117,8 @@ def _formats(to: str) -> list[str]:
     names = [name.strip() for name in to.split(",")]
     for name in names:
         if name not in FORMATS:
-            raise ConfigError(f"format {name!r} is not known; expected one of {', '.join(FORMATS)}, or {ALL}")
+            mend = did_you_mean(name, [*FORMATS, ALL]) or f"expected one of {', '.join(FORMATS)}, or {ALL}"
+            raise ConfigError(f"format {name!r} is not known; {mend}")
     return list(dict.fromkeys(names))
 
 

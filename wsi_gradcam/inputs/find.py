@@ -40,6 +40,7 @@ from wsi_gradcam.slides import SUFFIXES, UNREAD, is_zarr
 SERIES_INSTANCE_UID = b"\x20\x00\x0e\x00UI"
 HEAD_BYTES = 1 << 16
 REQUESTS = 16  # at once
+PICTURES = (".png", ".jpg", ".jpeg")
 MAX_NEIGHBOURS = 10_000  # files of a folder that a misspelt name is compared with
 
 
@@ -257,9 +258,14 @@ def _slide_at(url: str, name: str, details: Details) -> tuple[object, _Found]:
 def _no_slides(place: object, what: str, found: Remarks) -> ConfigError:
     endings = " ".join(sorted(SUFFIXES))
     more = "".join(f"; {line}" for line in found.lines())
-    return ConfigError(
-        f"{place}: no slides in this folder; expected {what} ending in {endings}{more}; give the folder with the slides"
-    )
+    pictures = _pictures_in(place) if isinstance(place, Path) else []
+    mend = f"pictures must be named, as in '{place}/*{pictures[0]}'" if pictures else "give the folder with the slides"
+    return ConfigError(f"{place}: no slides in this folder; expected {what} ending in {endings}{more}; {mend}")
+
+
+def _pictures_in(folder: Path) -> list[str]:
+    """Return the endings of the PNG and JPEG files in a folder; a search leaves them out, as many show no tissue."""
+    return sorted({path.suffix for path in folder.iterdir() if path.suffix.lower() in PICTURES})
 
 
 def _slides_below(url: str, below: str, remarks: Remarks) -> list[str]:
