@@ -58,6 +58,9 @@ def test_a_pass_of_several_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     lines.progress = at_work(1)
     lines.part_began(Part(2, 3, "sorting cells"), 3, 480)
     assert capsys.readouterr().err == "pass 2 of 3, sorting cells: 3 slides, 480 patches\n"
+    lines.part_began(Part(1, 3, "measuring"), 3, None)
+    assert capsys.readouterr().err == "pass 1 of 3, measuring: 3 slides\n"
+    lines.part_began(Part(2, 3, "sorting cells"), 3, 480)
     explained(lines.progress, 0, 120, "host:0", seconds=100)
     assert pace(lines.progress, whole=True).startswith("pass 2 of 3, sorting cells: 120 of 480 patches, ")
 

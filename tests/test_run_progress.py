@@ -205,7 +205,7 @@ def test_passes_over_the_slides_are_counted_one_by_one() -> None:
     progress.begin(2, patches=30)
     assert progress.numbers().part is None
     for number, (name, patches) in enumerate((("measuring", 30), ("sorting", 30), ("covering", 12))):
-        progress.begin_part(Part(number + 1, 3, name), patches)
+        progress.begin_part(Part(number + 1, 3, name), 2, patches)
         clock.now += 10
         explained(progress, 0, 10)
         assert progress.passes == (10, patches)
@@ -220,3 +220,16 @@ def test_passes_over_the_slides_are_counted_one_by_one() -> None:
     assert (numbers.patches.done, numbers.patches.expected) == (72, 72)
     assert numbers.slides.done == 2
     assert RunNumbers.from_json(json.loads(json.dumps(numbers.to_json()))) == numbers
+
+
+def test_a_pass_whose_patches_are_drawn_as_it_goes() -> None:
+    progress = Progress(Clock())
+    progress.begin(3)
+    progress.begin_part(Part(1, 3, "measuring"), 3, None)
+    assert progress.passes == (0, 0)
+    planned(progress, 0, 40)
+    planned(progress, 1, 20)
+    explained(progress, 0, 10)
+    assert progress.passes == (10, 90)  # of the third slide as many as in the mean
+    progress.begin_part(Part(2, 3, "sorting"), 3, 60)
+    assert progress.passes == (0, 60)

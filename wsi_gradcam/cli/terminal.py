@@ -61,10 +61,11 @@ class Lines(Quiet):
         if dashboard:
             self.print_line(f"dashboard {dashboard}")
 
-    def part_began(self, part: Part, slides: int, patches: int) -> None:
+    def part_began(self, part: Part, slides: int, patches: int | None) -> None:
         """Print which pass begins."""
-        self.progress.begin_part(part, patches)
-        self.print_line(f"{part}: {counted(slides, 'slide')}, {patches:,} patch{'' if patches == 1 else 'es'}")
+        self.progress.begin_part(part, slides, patches)
+        of = "" if patches is None else f", {patches:,} patch{'' if patches == 1 else 'es'}"
+        self.print_line(f"{part}: {counted(slides, 'slide')}{of}")
 
     def task_done(self, task: Task, performed: Performed) -> None:
         """Count patches, and print the pace from time to time."""
@@ -111,7 +112,7 @@ class Bars(Lines):
         super().run_started(workload, slides, dashboard)
         self._bars.update(self._slide_bar, total=len(slides))
 
-    def part_began(self, part: Part, slides: int, patches: int) -> None:
+    def part_began(self, part: Part, slides: int, patches: int | None) -> None:
         """Begin the bar of the patches anew, for another pass."""
         super().part_began(part, slides, patches)
         self._bars.reset(self._patch_bar, total=patches, description=f"pass {part.number}/{part.of}")

@@ -152,9 +152,9 @@ class RunSession:
         if part is not None:
             slides = list(slides)
             with self._lock:
-                self._progress.begin_part(part, workload.patches or 0)
+                self._progress.begin_part(part, len(slides), workload.patches)
             self._log.message(str(part))
-            self._listener.part_began(part, len(slides), workload.patches or 0)
+            self._listener.part_began(part, len(slides), workload.patches)
         try:
             for record in executor.run(workload, slides, self._task_ended):
                 keep(record)

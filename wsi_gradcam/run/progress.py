@@ -126,10 +126,11 @@ class Progress:
         if patches is not None:
             self.patches, self.planned = patches, slides
 
-    def begin_part(self, part: Part, patches: int) -> None:
-        """Begin a pass over so many patches: what is done and expected is counted from here."""
+    def begin_part(self, part: Part, slides: int, patches: int | None) -> None:
+        """Begin a pass over so many slides and patches, if these are known: what is done is counted from here."""
         self.part, self._done_before = part, self.patches_done
-        self.patches = self.patches_done + patches
+        self.patches = self.patches_done + (patches or 0)
+        self.planned = 0 if patches is None else slides
 
     def task_done(self, task: Task, performed: Performed) -> None:
         """Count an attempt at a task."""
@@ -199,7 +200,7 @@ class Progress:
         Slide-level models see each patch twice.
         """
         if self.part is not None:
-            return self.patches_done - self._done_before, self.patches - self._done_before
+            return self.patches_done - self._done_before, max(self.patches_expected, self.patches) - self._done_before
         encoding = self.to_encode + self._unplanned if self.to_encode else 0
         return self.patches_done + self.encoded, self.patches_expected + encoding
 

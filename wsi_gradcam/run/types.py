@@ -218,8 +218,8 @@ class RunListener:
     def run_started(self, workload: Workload, slides: Sequence[SlideEntry], dashboard: str) -> None:
         """The model is known and the work begins; `dashboard` is the address of a page that shows the work, or ""."""
 
-    def part_began(self, part: Part, slides: int, patches: int) -> None:
-        """A pass over so many slides and patches begins, where the work takes several passes."""
+    def part_began(self, part: Part, slides: int, patches: int | None) -> None:
+        """A pass over so many slides begins, if the work takes several; `patches` is None before they are drawn."""
 
     def task_done(self, task: Task, performed: Performed) -> None:
         """A task has succeeded."""
