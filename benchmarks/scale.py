@@ -14,7 +14,7 @@ the patches is done to the end of the run, so that starting processes and loadin
 
 The simulation: a scheduler as a process, the real executor, plugin, batches and answers; real Dask workers with GPU=1
 and seven threads, many in a process, whose tasks sleep. A slide has 1,000 patches; GPUs explain 1,000 patches/s, which
-is assumed; what all else takes is measured before, on a slide of 1 gigapixel with 5 % tissue, which is as many patches.
+is assumed; what all else takes is measured before, on a slide of 1 gigapixel with 5% tissue, which is as many patches.
 8 workers get 250 slides, 64 get 2,000, 256 get 8,000: half a minute of work for each. Time is slowed down by the factor
 `slowness`, so that two cores can be all those machines: sleeps and the sizes of batches are multiplied by it. The
 scheduler has loaded the program before, as it has when `explain` has had a worker look at the model. `scheduler_load`

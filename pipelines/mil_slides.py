@@ -108,7 +108,7 @@ def draw_slides(
     random: np.random.Generator,
     sizes: tuple[int, int] = (24, 64),
 ) -> Iterator[Drawn]:
-    """Draw ``count`` slides, every second with tumour in 5 to 60 % of its windows.
+    """Draw ``count`` slides, every second with tumour in 5 to 60% of its windows.
 
     Args:
         pools: rows of windows free of tumour, and of tumour, a list of crops each; a slide takes windows of all.

@@ -3,7 +3,7 @@
     python -m tests.planted_evidence [--seeds N] [--first SEED] [--only WORD] [--slides N]
 
 Slides are patches in memory; all else is what `wsi-gradcam evidence` does: pieces, kinds, tables, sums, covering,
-findings. Exits with 1 where a truth is told in less than 95 % of the seeds.
+findings. Exits with 1 where a truth is told in less than 95% of the seeds.
 """
 
 from __future__ import annotations
@@ -211,7 +211,7 @@ TRUTHS: dict[str, Callable[[int, int], bool]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 where a truth is told in less than 95 % of the seeds."""
+    """Exit status 1 where a truth is told in less than 95% of the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=50, help="how many (default 50)")
     parser.add_argument("--first", type=int, default=1000, help="the first of them (default 1000)")

@@ -77,7 +77,7 @@ def row(found: Rate) -> str:
     """A line of the table."""
     total = max(1, sum(found.counts.values()))
     truth, expected = found.truth, " or ".join(found.truth.expected)
-    shares = (f"{100 * count / total:.0f} %" for count in (found.right, found.wrong))
+    shares = (f"{100 * count / total:.0f}%" for count in (found.right, found.wrong))
     counts = " / ".join(str(found.counts[outcome]) for outcome in OUTCOMES)
     return f"| {truth.about} | {truth.case} | {expected} | {counts} | {' | '.join(shares)} |"
 
@@ -95,7 +95,7 @@ def as_json(found: Rate) -> dict[str, object]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit status 1 where a truth is right in less than 95 % or wrong in more than 5 % of the seeds."""
+    """Exit status 1 where a truth is right in less than 95% or wrong in more than 5 % of the seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=50, help="how many (default 50)")
     parser.add_argument("--first", type=int, default=1000, help="the first of them (default 1000)")

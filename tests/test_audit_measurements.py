@@ -61,7 +61,7 @@ def test_a_test_raises_false_alarms_as_often_as_it_says_and_finds_what_is_there(
         noise, slides = clustered(random, 10, 5)
         alarms += compare(noise, np.zeros(50), slides, seed=seed).p < 0.05
         found += compare(noise + 2, np.zeros(50), slides, seed=seed).p < 0.05
-    assert alarms <= 11  # of 100 at 5 %: more than 11 come in less than 1 of 200
+    assert alarms <= 11  # of 100 at 5%: more than 11 come in less than 1 of 200
     assert found >= 95
 
 
@@ -137,6 +137,6 @@ def test_groups_are_compared_by_slide() -> None:
         values, slides = clustered(np.random.default_rng(seed), 12, 8)
         alarms.append(across(values, slides % 2, slides) < 0.05)
         assert across(values + 10 * (slides % 2), slides % 2, slides) < 0.01
-    assert sum(alarms) <= 7  # of 50 at 5 %: more than 7 come in less than 1 of 200
+    assert sum(alarms) <= 7  # of 50 at 5%: more than 7 come in less than 1 of 200
     assert np.isnan(across([1.0, 2.0], ["a", "a"], ["s", "t"]))
     assert across([1.0, 1.0, 1.0], ["a", "b", "b"], ["s", "t", "u"]) == 1

@@ -38,7 +38,7 @@ def test_truths_are_told_with_fifty_fresh_seeds(capsys: pytest.CaptureFixture[st
 def test_rates_are_printed_as_a_table_and_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--seeds", "2", "--first", "5", "--only", "cliff"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "| locality, gradcam | cliff ahead | fails | 0 / 0 / 2 | 100 % | 0 % |"
+    assert lines[-1] == "| locality, gradcam | cliff ahead | fails | 0 / 0 / 2 | 100% | 0% |"
     assert main(["--seeds", "1", "--only", "straight on", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["first"], found["seeds"]) == (1000, 1)
@@ -53,7 +53,7 @@ def test_what_is_found_is_kept_and_not_judged_again(tmp_path: Path, capsys: pyte
     assert (kept.seed, kept.outcome) == (3, "fails")
     file.write_text(file.read_text().replace("fails", "holds"))
     assert main([*asked, "--seeds", "2"]) == 1
-    assert "| 1 / 0 / 1 | 50 % | 50 % |" in capsys.readouterr().out
+    assert "| 1 / 0 / 1 | 50% | 50% |" in capsys.readouterr().out
     assert len(file.read_text().splitlines()) == 2
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Outcome = Literal["holds", "fails", "unclear"]
 ALPHA = 0.05
 HALF = 0.5
-# A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5 %).
+# A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5%).
 ENOUGH = 34
 UNSURE = "This is not significant after correction for the number of verdicts."
 
@@ -243,6 +243,6 @@ def percent(share: float) -> str:
     """Return a share in text.
 
     >>> percent(0.257)
-    '26 %'
+    '26%'
     """
-    return f"{100 * share:.0f} %"
+    return f"{100 * share:.0f}%"

@@ -44,7 +44,7 @@ KEPT_UNITS = 500  # whose draws are kept: 8 MB
 
 @dataclass(frozen=True)
 class Estimate:
-    """A weighted mean with its 95 % interval.
+    """A weighted mean with its 95% interval.
 
     Attributes:
         value: NaN where no patch counts.

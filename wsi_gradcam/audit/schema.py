@@ -256,7 +256,7 @@ class Keyed(_Strict):
 
 
 class EstimateRow(Keyed):
-    """A weighted mean over patches, with its 95 % interval from a bootstrap.
+    """A weighted mean over patches, with its 95% interval from a bootstrap.
 
     Attributes:
         measure: its stable name.

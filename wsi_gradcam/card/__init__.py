@@ -345,7 +345,7 @@ def _performance_lines(found: Performance) -> Iterator[str]:
         (one.score, one.group or "all", f"{one.positive} / {one.negative}", number(one.auroc), interval_text(one))
         for one in found.rocs
     ]
-    yield from _table(("score", "site", "slides with / without", "AUROC", "95 % interval"), rows)
+    yield from _table(("score", "site", "slides with / without", "AUROC", "95% interval"), rows)
     if found.unscored:
         yield from ["", f"{counted(found.unscored, 'slide')} without any explained patch: not counted."]
     if found.calibrated:

@@ -51,7 +51,7 @@ class Roc:
         brier: mean squared error of the slide's probability; None for a score that is no probability.
         predicted: mean of the score.
         auroc: area under the curve, with ties counting half; None if all slides have the same label.
-        interval: its 95 % interval; None if there are fewer than `FEWEST` slides with or without the class.
+        interval: its 95% interval; None if there are fewer than `FEWEST` slides with or without the class.
         curve: false and true positive rates, [n, 2], from (0, 0) to (1, 1).
     """
 
@@ -196,7 +196,7 @@ def roc(values: ArrayLike, truth: ArrayLike, score: str = "", group: str = "") -
 
 
 def auroc_interval(area: float, positive: int, negative: int) -> tuple[float, float]:
-    """Return the 95 % interval of an AUROC for given numbers of positive and negative cases.
+    """Return the 95% interval of an AUROC for given numbers of positive and negative cases.
 
     Method 5 of Newcombe 2006 (Statistics in Medicine, doi 10.1002/sim.2324): the areas whose standard error by Hanley
     and McNeil, with both numbers of cases replaced by their mean, leaves the one that was found within 1.96 of it. It

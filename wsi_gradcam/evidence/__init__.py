@@ -380,7 +380,7 @@ class Row(BaseModel):
 
 
 class Share(Row):
-    """A share with its 95 % interval, by slide where there are enough."""
+    """A share with its 95% interval, by slide where there are enough."""
 
     value: float | None
     low: float | None

@@ -129,7 +129,7 @@ def area_of(evidence: Evidence) -> str:
 
 def _on(shares: Mapping[str, float]) -> str:
     """Return what a kind lies on, and how much of it, in words."""
-    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in shares.items() if value >= 0.005)
+    return ", ".join(f"{name} {100 * value:.0f}%" for name, value in shares.items() if value >= 0.005)
 
 
 def _patients(row: KindRow) -> str:

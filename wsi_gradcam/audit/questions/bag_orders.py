@@ -55,7 +55,7 @@ KEPT_COUNT = Measure("sufficient_patches", "number of patches that keep the answ
 REMOVED_COUNT = Measure("necessary_patches", "number of patches whose removal changes the answer", "patches")
 PAIR = "{method} and {other_method}"
 RANKS = Measure("agreement_spearman", "rank correlation", "correlation", of=PAIR)
-SHARED = Measure("agreement_top", f"shared among the top {TOP} % of patches", "share", of=PAIR)
+SHARED = Measure("agreement_top", f"shared among the top {TOP}% of patches", "share", of=PAIR)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -295,9 +295,9 @@ def share_text(share: float) -> str:
     """Return a share as text, with enough digits to distinguish it from nothing.
 
     >>> share_text(0.257), share_text(0.0042), share_text(1.0)
-    ('26 %', '0.42 %', '100 %')
+    ('26%', '0.42%', '100%')
     """
-    return percent(share) if share >= 0.1 or share == 0 else f"{100 * share:.2g} %"
+    return percent(share) if share >= 0.1 or share == 0 else f"{100 * share:.2g}%"
 
 
 def assess_agreement(findings: Findings, scope: Scope) -> None:
@@ -393,7 +393,7 @@ AGREEMENT = Question(
     Words(
         title="Do methods agree on which patches are relevant?",
         how="The relevance of a slide's patches by one method is compared with that by another: the correlation of "
-        f"their ranks, and how many of the top {TOP} % of patches they share ({TOP} % by chance).",
+        f"their ranks, and how many of the top {TOP}% of patches they share ({TOP}% by chance).",
         not_proven="Methods that agree may all be wrong, and methods that answer different questions may differ and "
         "all be right: faithfulness shows which to believe.",
         source="rank correlation: Spearman 1904; ties at their mean rank",

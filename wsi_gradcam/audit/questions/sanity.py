@@ -267,7 +267,7 @@ def figures(metrics: Metrics) -> list[Figure]:
         ("spearman", "rank correlation with the trained model's map", "rank correlation", 0.0),
         (
             "resembles",
-            "maps closer to the trained model's than 95 % of permutations",
+            "maps closer to the trained model's than 95% of permutations",
             "share of the patches",
             1 - RESEMBLING,
         ),

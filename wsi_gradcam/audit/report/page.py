@@ -348,7 +348,7 @@ def difference(row: ComparisonRow, units: str = "patches") -> str:
         return "no value"
     if row.unit == "share":
         return f"{_signed(f'{100 * row.difference:+.0f}')} % ({_percent(row.low)} to {_percent(row.high)})"
-    better = "" if row.better is None else f", larger in {100 * row.better:.0f} % of the {units}"
+    better = "" if row.better is None else f", larger in {100 * row.better:.0f}% of the {units}"
     unit = "" if row.unit in BARE else f" {row.unit}"
     return f"{_signed(f'{row.difference:+.3g}')}{unit} ({number(row.low)} to {number(row.high)}){better}"
 
@@ -359,7 +359,7 @@ def number(found: float | None) -> str:
 
 
 def _percent(found: float | None) -> str:
-    return "–" if found is None else f"{_minus(f'{100 * found:.0f}')} %"
+    return "–" if found is None else f"{_minus(f'{100 * found:.0f}')}%"
 
 
 def _minus(number: str) -> str:

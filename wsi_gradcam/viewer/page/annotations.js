@@ -227,7 +227,7 @@ export class Annotations {
   }
 }
 
-const percent = (share) => `${short(100 * share)} %`;
+const percent = (share) => `${short(100 * share)}%`;
 
 function svg(tag, settings, ...children) {
   const made = document.createElementNS("http://www.w3.org/2000/svg", tag);

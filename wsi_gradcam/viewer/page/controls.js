@@ -74,7 +74,7 @@ export class Controls {
       }, ...MAPS.map((map) => option(map, map, map === layer.map)))),
       row("Opacity", slider({
         "data-name": "opacity", value: layer.opacity, low: 0, high: 1,
-        text: (value) => `${Math.round(100 * value)} %`, oninput: (value) => set({ opacity: value }),
+        text: (value) => `${Math.round(100 * value)}%`, oninput: (value) => set({ opacity: value }),
       })),
       ...(isClasses(channel) ? [] : this.windowRows(number, layer, channel)),
       isClasses(channel) ? this.classRows(layer, channel, set) : null,

@@ -10,7 +10,7 @@ const FRESH = 10000; // ms, after which evidence is asked for again
 const PILLS = { shortcut: ["bad", "shortcut"], suspect: ["open", "artefact?"], uneven: ["open", "uneven"], evidence: ["good", "evidence"] };
 const SUSPECTS = { ink: "ink", glass: "bare glass", blur: "blurred tissue", border: "the border of the patch" };
 
-const percent = (share) => (share === null || share === undefined ? "–" : `${Number((100 * share).toFixed(1))} %`);
+const percent = (share) => (share === null || share === undefined ? "–" : `${Number((100 * share).toFixed(1))}%`);
 
 const counted = (count, one, many = `${one}s`) => `${count.toLocaleString("en")} ${count === 1 ? one : many}`;
 

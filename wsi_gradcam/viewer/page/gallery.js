@@ -140,7 +140,7 @@ export class Gallery {
         element("dt", {}, label),
         element("dd", { title: `share of the patches called this class; mean probability of the ten highest patches${alone}` },
           shareBar(share),
-          ` ${(100 * share).toFixed(1)} %, top ${top.toFixed(2)}`))));
+          ` ${(100 * share).toFixed(1)}%, top ${top.toFixed(2)}`))));
   }
 
   paint(seen) {

@@ -123,7 +123,7 @@ export class PatchPanel {
   flags() {
     const { patch } = this;
     const found = [];
-    const share = (name, text) => patch[name] > NOTABLE && found.push(`${text} on ${Math.round(100 * patch[name])} %`);
+    const share = (name, text) => patch[name] > NOTABLE && found.push(`${text} on ${Math.round(100 * patch[name])}%`);
     if (patch.status !== "ok") found.push(`unreadable: ${patch.cause || "cause not known"}`);
     share("pen", "pen");
     share("glass", "bare glass");
