@@ -1,8 +1,8 @@
-"""An explained run as it is on disk: its settings, model, slides and annotations, and the sample of its patches.
+"""An explained run on disk: its settings, model, slides and annotations, and the sample of its patches.
 
-The sample is drawn once, in two steps, so that each patch stands for known others. First slides, where there are more
-than the patches suffice for, by site, scanner and label; then patches of each, by the class that was predicted for them
-and, with annotations, by whether an annotation's border runs through them.
+The sample is drawn once, in two steps, so that each patch stands for a known number of others. First slides by site,
+scanner and label, if there are too many for the number of patches; then patches of each, by their predicted class and,
+with annotations, by whether the border of an annotation runs through them.
 """
 
 from __future__ import annotations
@@ -65,14 +65,14 @@ if TYPE_CHECKING:
 GROUPINGS = ("site", "scanner", "label")
 MASK_PX = 2048  # of the longer side of a mask over the whole slide, from which shares of patches are taken
 UNNAMED = "region"
-SIDE_PX = 64  # of a patch's mask: finer than the cells of any map
+SIDE_PX = 64  # of a patch's mask; finer than the cells of any map
 PARTLY = (0.02, 0.98)  # shares of a patch between which an annotation tells where a map should look
 FEWEST = 2  # of each stratum of a slide
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A slide that could be audited: its results, its entry in the list of slides, and its number of patches."""
+    """A slide that can be audited: its results, its entry in the list of slides, and its number of patches."""
 
     slide: SlideResult
     entry: SlideEntry
@@ -81,15 +81,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ExplainedRun:
-    """A run as it is on disk.
+    """A run on disk.
 
     Attributes:
         settings: of the run.
-        spec: of its model, as it was resolved.
-        model_settings: with which the model is examined: eager, float32, at the run's layer and batch size.
+        spec: of its model, resolved.
+        model_settings: those used to examine the model: eager, float32, with the run's layer and batch size.
         candidates: the slides that can be audited.
-        left_out: the others, and why.
-        targets: of the run, by their names alone: no function is loaded.
+        left_out: the other slides, and why they cannot be.
+        targets: of the run, by name only: no function is loaded.
         groups: the slides' groups, such as "site", by slide id.
     """
 
@@ -104,7 +104,7 @@ class ExplainedRun:
 
     @property
     def unit(self) -> Unit:
-        """What questions are asked of: patches, or slides where the model is a slide-level one."""
+        """What questions are asked about: patches, or slides for a slide-level model."""
         return "slide" if isinstance(self.spec, SlideModelSpec) else "patch"
 
     @cached_property
@@ -113,10 +113,10 @@ class ExplainedRun:
         return {one.entry.id: one.entry for one in self.candidates}
 
     def plan(self, facts: ModelFacts) -> RunPlan:
-        """Return the run's plan, with the model as it is found now.
+        """Return the run's plan, with the model as it is now.
 
         Raises:
-            ResumeError: it is not the model, or the settings, of which the results are.
+            ResumeError: the results are from another model or other settings.
         """
         run = self.result.record
         if run.choice is None:
@@ -137,20 +137,20 @@ def open_run(result: Result, given: Spec | None = None, trust_code: bool = False
     """Open a run, from its run.yaml, slides.jsonl and the slides' manifests.
 
     Args:
-        given: the model, where the run does not say how it can be loaded, or where its file has moved.
-        trust_code: allow the code in the model to run, and in targets that are functions.
-        held: the model is loaded already.
+        given: the model, if the run does not say how to load it, or its file has moved.
+        trust_code: allow code in the model, and in targets that are functions, to run.
+        held: the model has already been loaded.
 
     Raises:
-        ResultError: no slide is finished, or an older version wrote it.
-        ConfigError: the model is known to a program only.
-        ModelError: loading the model runs code, and that is not allowed.
+        ResultError: no slide is finished, or an older version wrote the run.
+        ConfigError: the model was passed by a program, so it has to be given again.
+        ModelError: loading the model runs code, which is not allowed.
     """
     run = result.record
     settings = make_settings(**run.settings | {"allow_hosts": allowed_hosts()})
     spec = (given or _spec_of(result)).trusting(trust_code)
     if isinstance(spec, SlideModelSpec) and settings.features is not None and not settings.methods:
-        spec = spec.model_copy(update={"encoder": None})  # as when it was explained: no pixel was seen
+        spec = spec.model_copy(update={"encoder": None})  # as when it was explained: no pixels were seen
     if not held:
         spec.check_trusted()
     targets = parse_targets(settings.target, run.model.classes)
@@ -186,7 +186,7 @@ def open_run(result: Result, given: Spec | None = None, trust_code: bool = False
 
 
 def audited_target(targets: Sequence[Target], classes: Sequence[str], label: str, annotated: bool) -> Target:
-    """Return the target that is audited.
+    """Return the target to audit.
 
     Args:
         targets: of the run.
@@ -195,7 +195,7 @@ def audited_target(targets: Sequence[Target], classes: Sequence[str], label: str
             `predicted` was, else the run's first; with annotations, the run's only class.
 
     Raises:
-        ConfigError: it was not explained, or nothing says which class annotations show.
+        ConfigError: it was not explained, or nothing says which class the annotations show.
     """
     known = {target.label: target for target in targets}
     every = len([t for t in targets if t.index is not None and t.is_class]) == len(classes)
@@ -235,7 +235,7 @@ def _spec_of(result: Result) -> Spec:
 
 
 def _entries(result: Result) -> dict[str, SlideEntry]:
-    """Return the run's slides by id, as slides.jsonl tells of them."""
+    """Return the run's slides by id, as listed in slides.jsonl."""
     found = {}
     for name, row in read_slide_records(result.folder.record).items():
         told = {key: str(row.get(key, "")) for key in ("mask", *GROUPINGS, "patient")}
@@ -260,7 +260,7 @@ def _why_not(slide: SlideResult, entries: dict[str, SlideEntry]) -> str:
 
 
 def draw_sample(candidates: Sequence[Candidate], settings: AuditSettings) -> dict[str, SlideSample]:
-    """Return the sample by slide id, in the order of ids; the same for the same seed."""
+    """Return the sample by slide id, ordered by id; the same for the same seed."""
     samples = {}
     for candidate, each, weight in draw_shares(candidates, settings):
         found = _patches(candidate, settings, each, weight)
@@ -270,14 +270,14 @@ def draw_sample(candidates: Sequence[Candidate], settings: AuditSettings) -> dic
 
 
 def draw_shares(candidates: Sequence[Candidate], settings: AuditSettings) -> list[tuple[Candidate, int, float]]:
-    """Return the slides of the sample, in the order of ids, how many patches to draw and slides each stands for."""
+    """Return the sampled slides, ordered by id, the number of patches to draw, and how many slides each stands for."""
     chosen, stands_for = _slides(candidates, settings, max(1, settings.patches // BATCH_SIZE))
     each = -(-settings.patches // max(1, len(chosen)))
     return [(one, each, weight) for one, weight in zip(chosen, stands_for, strict=True)]
 
 
 def draw_slides(candidates: Sequence[Candidate], settings: AuditSettings) -> dict[str, SlideSample]:
-    """Return the sample of slides by id, of a slide-level model; each is itself what is measured."""
+    """Return the sample of slides by id, for a slide-level model; the slides themselves are measured."""
     chosen, weights = _slides(candidates, settings, settings.slides)
     return {
         one.slide.id: whole_slide(one.entry.label or "any", weight)
@@ -294,12 +294,12 @@ def whole_slide(stratum: str, weight: float = 1.0) -> SlideSample:
 def _slides(
     candidates: Sequence[Candidate], settings: AuditSettings, wanted: int
 ) -> tuple[list[Candidate], list[float]]:
-    """Return about `wanted` slides, and how many each stands for."""
+    """Return about `wanted` slides, and how many slides each stands for."""
     ordered = sorted(candidates, key=lambda one: one.slide.id)
     if len(ordered) <= wanted:
         return ordered, [1.0] * len(ordered)
     groups = [f"{c.entry.site}|{c.entry.scanner}|{c.entry.label}" for c in ordered]
-    if len(set(groups)) > wanted // 2:  # too many kinds to have each
+    if len(set(groups)) > wanted // 2:  # too many kinds to include each
         groups = [""] * len(ordered)
     rows, weights = stratified_sample(groups, wanted, settings.seed)
     return [ordered[row] for row in rows.tolist()], weights.tolist()
@@ -313,7 +313,7 @@ def _patches(candidate: Candidate, settings: AuditSettings, count: int, stands_f
 
 
 def sample_columns(classes: Sequence[str]) -> list[str]:
-    """Return the columns of a slide's table that decide which of its patches are drawn."""
+    """Return the columns of a slide's table that determine which of its patches are drawn."""
     return ["y", "x", "status", *(f"logit_{name}" for name in classes)]
 
 
@@ -321,7 +321,7 @@ def sample_columns(classes: Sequence[str]) -> list[str]:
 class ReadablePatches:
     """The patches of a slide that could be read when it was explained.
 
-    Of each its number in the slide's table, level-0 px (y, x) of its top left corner, and the class predicted for it.
+    For each: its number in the slide's table, level-0 px (y, x) of its top left corner, and its predicted class.
     """
 
     numbers: NDArray[np.int64]
@@ -340,7 +340,7 @@ class ReadablePatches:
         return cls(readable, yx, [names[number] for number in predicted.tolist()])
 
     def draw(self, slide_id: str, strata: Sequence[str], count: int, seed: int, stands_for: float) -> SlideSample:
-        """Return about `count` of them, of each stratum in proportion, on a slide that stands for so many."""
+        """Return about `count` of them, from each stratum in proportion; the slide stands for `stands_for` slides."""
         if not len(self.numbers):
             return SlideSample((), (), (), (), 0)
         name = slide_id.encode("utf-8", "backslashreplace")  # what no encoding knows seeds too
@@ -366,7 +366,7 @@ def _strata(slide: SlideResult, settings: AuditSettings, patches: ReadablePatche
 
 
 def with_depth(samples: Mapping[str, SlideSample], settings: AuditSettings) -> dict[str, SlideSample]:
-    """Return the samples with batches to measure in depth, dealt out to slides in a random order, one at a time."""
+    """Return the samples with batches to measure in depth, assigned to slides one at a time in a random order."""
     names = list(samples)
     order = [names[i] for i in np.random.default_rng(settings.seed).permutation(len(names)).tolist()]
     left, given = deep_patches(settings.patches), Counter[str]()
@@ -384,7 +384,7 @@ def with_depth(samples: Mapping[str, SlideSample], settings: AuditSettings) -> d
 
 @dataclass(frozen=True)
 class Annotated:
-    """The annotations of a slide of `slide_px` (height, width)."""
+    """The annotations of a slide of size `slide_px` (height, width)."""
 
     regions: Regions
     slide_px: tuple[int, int]
@@ -394,7 +394,7 @@ class Annotated:
         return self._shares(partial(self.regions.mask, self.slide_px), yx, view)
 
     def shares_by_class(self, yx: NDArray[np.int64], view: Box) -> dict[str, NDArray[np.float32]]:
-        """Return the share of each patch that a class covers, by its name, as `masks_by_class` names it."""
+        """Return the share of each patch that a class covers, by its name as in `masks_by_class`."""
         drawn = self.regions.drawn(self.slide_px)
         return {shown: self._shares(partial(drawn.mask, {name}), yx, view) for shown, name in self._classes().items()}
 
@@ -410,31 +410,31 @@ class Annotated:
 
     @property
     def _is_picture(self) -> bool:
-        """True of a picture, whose only class has a number for a name."""
+        """True for a picture, whose only class has a number as its name."""
         drawn = self.regions.drawn(self.slide_px)
         return isinstance(drawn.drawn if isinstance(drawn, Moved) else drawn, LabelPicture)
 
     def masks(self, yx: Sequence[tuple[int, int]], view: Box) -> NDArray[np.bool_]:
-        """Return masks of the annotated areas in each patch, bool [n, SIDE_PX, SIDE_PX].
+        """Return masks of the annotated areas of each patch, bool [n, SIDE_PX, SIDE_PX].
 
         Raises:
-            AnnotationError: the file cannot be understood.
+            AnnotationError: the file cannot be read.
         """
         drawn = self.regions.drawn(self.slide_px)
         return _cut(drawn, self.regions.wanted(drawn), _boxes(yx, view))
 
     def masks_by_class(self, yx: Sequence[tuple[int, int]], view: Box) -> dict[str, NDArray[np.bool_]]:
-        """Return the same of each class by its name; an area without one, and a picture of one, is "region"."""
+        """Return the same for each class by name; one without a name, and that of a picture, is "region"."""
         drawn, boxes = self.regions.drawn(self.slide_px), _boxes(yx, view)
         return {shown: _cut(drawn, {name}, boxes) for shown, name in self._classes().items()}
 
     def slide_masks(self, shape: tuple[int, int]) -> dict[str, NDArray[np.bool_]]:
-        """Return where each class is on the whole slide, bool [h, w] of this shape, by its name as the same."""
+        """Return where each class is on the whole slide, bool [h, w] of this shape, by name as in `masks_by_class`."""
         drawn = self.regions.drawn(self.slide_px)
         return {shown: drawn.mask({name}, shape) for shown, name in self._classes().items()}
 
     def _classes(self) -> dict[str, str]:
-        """Return the names of classes as they are drawn, by those that are shown."""
+        """Return the names of classes as drawn, by the names shown."""
         names = self.regions.drawn(self.slide_px).names
         single = self._is_picture and len(names) < 2
         return {UNNAMED if single else name or UNNAMED: name for name in names or [UNNAMED]}
@@ -442,13 +442,13 @@ class Annotated:
 
 @dataclass(frozen=True)
 class Ground:
-    """What annotations are laid on.
+    """What annotations are placed on.
 
     Attributes:
         height, width: of the slide's level 0.
-        bounds: the part of it that was scanned; None: all, or not known.
+        bounds: the part of it that was scanned; None if all, or if unknown.
         tissue: the file of its tissue.
-        frame: what annotations were drawn on, as of `in_frame`.
+        frame: what annotations were drawn on, see `in_frame`.
     """
 
     height: int
@@ -459,7 +459,7 @@ class Ground:
 
 
 def ground_of(plan: SlidePlan, folder: SlideFolder, settings: AuditSettings) -> Ground:
-    """Return what annotations of a slide are laid on."""
+    """Return what annotations of a slide are placed on."""
     return Ground(*plan.slide_px, plan.scanned, folder.tissue, settings.mask_frame)
 
 
@@ -471,10 +471,10 @@ def annotated_slide(
     own: str = "",
     ground: Ground | None = None,
 ) -> Annotated | None:
-    """Return the annotations of a slide; None where a folder has none for it, or none of the classes that count.
+    """Return the annotations of a slide; None if a folder has none for it, or none of the classes that count.
 
     Raises:
-        AnnotationError: several files would do, or one cannot be read.
+        AnnotationError: several files match, or one cannot be read.
     """
     if annotations is None or (annotations.is_dir() and find_mask(annotations, slide_id, own) is None):
         return None
@@ -488,7 +488,7 @@ def annotated_slide(
 
 
 def _boxes(yx: Sequence[tuple[int, int]], view: Box) -> list[Box]:
-    """Return (y, x, height, width) of what the model sees of each patch, level-0 px."""
+    """Return (y, x, height, width) of the area that the model sees for each patch, level-0 px."""
     return [(y + view[0], x + view[1], view[2], view[3]) for y, x in yx]
 
 

@@ -1,4 +1,4 @@
-"""What is under audit at once: a batch of patches with pixels and maps, or, of a slide-level model, a slide's bag."""
+"""What is audited at once: a batch of patches with pixels and maps, or, for a slide-level model, the bag of a slide."""
 
 from __future__ import annotations
 
@@ -54,32 +54,33 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.types import Workload
     from wsi_gradcam.slides import Slide
 
-SHIFT = 4  # of a patch's side: how far the grid is moved
+SHIFT = 4  # of a patch's side: how far the grid is shifted
 
 
 @dataclass(frozen=True, eq=False)
 class PatchData:
-    """A batch of `count` patches, filled up with its last one to P, `BATCH_SIZE`, so that all batches have one size.
+    """A batch of `count` patches, padded with its last one to P, `BATCH_SIZE`, so that all batches have the same size.
 
     Attributes:
         number: of each in the slide's table.
         seeds: one for each.
-        readable: bool; the others are zeros.
-        raw: uint8 [P, h, w, 3], as they are on the slide.
-        rgb: the same as the model sees them before its own transform: with the stain that it wants.
-        wide: the same with a margin at the bottom and the right, [P, h + h // SHIFT, w + w // SHIFT, 3]; None
-            where there is nothing round the patch.
-        stored: float32 [P, maps, h, w], what the run stored; None without a run.
-        probability: float32 [P, classes, h, w], maps of the patches' probabilities alone; None where nothing is
-            known of patches round about.
-        annotated: what each whole patch shows of the annotation, bool [P, side, side]; None where there is none.
-        regions: what each whole patch shows of areas that should not decide, bool [P, side, side] by their class.
+        readable: bool; unreadable patches are zeros.
+        raw: uint8 [P, h, w, 3], as on the slide.
+        rgb: the same as the model sees them before its own transform: with the stain that it expects.
+        wide: the same with a margin at the bottom and the right, [P, h + h // SHIFT, w + w // SHIFT, 3]; None where
+            nothing surrounds the patch.
+        stored: float32 [P, maps, h, w], as stored by the run; None without a run.
+        probability: float32 [P, classes, h, w], maps of only the patches' probabilities; None where nothing is known
+            about surrounding patches.
+        annotated: where each whole patch is annotated, bool [P, side, side]; None without annotations.
+        regions: where each whole patch shows areas that should not affect the answer, bool [P, side, side] by class.
         background: RGB of bare glass.
-        slide_relevance: of the slide's patches, by the label of a class: (mean of the first method's map, probability);
-            of a slide's first batch alone.
-        classes: what each whole patch shows of each annotated class; of a slide's first batch alone, for its pictures.
+        slide_relevance: of the slide's patches, by class label: (mean of the first method's map, probability); only for
+            the first batch of a slide.
+        classes: where each whole patch shows each annotated class; only for the first batch of a slide, for its
+            pictures.
         slide, slide_classes, slide_regions: the whole slide, small, uint8 [h, w, 3], and masks [h, w] of what is drawn
-            on it; of a slide's first batch alone, where there is something.
+            on it; only for the first batch of a slide, and only if there is something.
     """
 
     count: int
@@ -105,9 +106,9 @@ def read_batch(context: Context[Workload], audit: AuditPlan, entry: SlideEntry, 
     """Read a batch of a slide's sample.
 
     Raises:
-        ResumeError: the slide's results are of another run by now.
-        SlideFormatError: the slide is another file than was explained.
-        AnnotationError: the slide's annotations cannot be understood.
+        ResumeError: the slide's results now belong to another run.
+        SlideFormatError: the slide is not the file that was explained.
+        AnnotationError: the slide's annotations cannot be read.
     """
     plan = _plan_of(context, audit, entry)
     sample = audit.samples[entry.id]
@@ -166,7 +167,7 @@ def _plan_of(context: Context[Workload], audit: AuditPlan, entry: SlideEntry) ->
 def _pixels(
     slide: Slide, audit: AuditPlan, yx: Sequence[tuple[int, int]]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.bool_]]:
-    """Return the patches, the same with a margin, and which could be read."""
+    """Return the patches, the patches with a margin, and which could be read."""
     height, width = audit.run.patch_px
     rgb = np.zeros((len(yx), height, width, 3), np.uint8)
     wide = np.zeros((len(yx), height + height // SHIFT, width + width // SHIFT, 3), np.uint8)
@@ -183,7 +184,7 @@ def _pixels(
 def _slide_relevance(
     store: PatchStore, audit: AuditPlan, plan: SlidePlan
 ) -> dict[str, tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Return `PatchData.slide_relevance`; maps are read a span at a time."""
+    """Return `PatchData.slide_relevance`; maps are read one span at a time."""
     readable = store.status() == OK
     shares = probabilities(store.logits(0, plan.patches), audit.run.facts.activation)
     found = {}
@@ -209,13 +210,13 @@ SHOWN_PX = 160  # of the longer side of an example
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """Patches under audit.
+    """Patches being audited.
 
     Attributes:
-        images: [P, 3, H, W] as the network sees them.
-        maps: [P, h, w] of the run's methods, by name, on the grid that the run stores.
-        controls: maps that know nothing of the model, by name, on the same grid.
-        in_depth: whether what is slow is measured too.
+        images: [P, 3, H, W] as seen by the network.
+        maps: [P, h, w] of the run's methods, by name, on the grid stored by the run.
+        controls: maps that know nothing about the model, by name, on the same grid.
+        in_depth: whether slow measurements are made too.
     """
 
     plan: AuditPlan
@@ -229,7 +230,7 @@ class Batch:
 
     @classmethod
     def of(cls, plan: AuditPlan, subject: Subject, data: PatchData, in_depth: bool) -> Batch:
-        """Return the batch of some patches; runs the model and each method once."""
+        """Return the batch of some patches; this runs the model and each method once."""
         images = subject.images(data.rgb)
         aim = subject.aim(images, plan.target)
         grid = plan.run.facts.cam_shape
@@ -263,29 +264,29 @@ class Batch:
 
     @property
     def seed(self) -> int:
-        """The seed of what is the same for all patches."""
+        """The seed of everything that is the same for all patches."""
         return self.plan.settings.seed
 
     @cached_property
     def map_arrays(self) -> dict[str, NDArray[np.float32]]:
-        """The maps of the methods as arrays."""
+        """The methods' maps as arrays."""
         return {name: map_.float().cpu().numpy() for name, map_ in self.maps.items()}
 
     def input_masks(self, masks: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Return masks [P, h, w] of patches as the network sees them, [P, H, W]: the nearest pixel of each."""
+        """Return masks [P, h, w] of patches as seen by the network, [P, H, W], by nearest pixels."""
         height, width = self.images.shape[2:]
         return input_masks(masks, (height, width), self.plan.run.facts.view, self.patch_px)
 
 
 def subject_of(plan: AuditPlan, model: Model) -> Subject:
-    """Return the run's model under audit."""
+    """Return the run's model, to be audited."""
     return Subject.of(model, plan.run.settings.method, plan.run.facts.layer, BATCH_SIZE)
 
 
 def describe(batch: Batch, slide_id: str, number: int) -> Patches:
-    """Return what is known of every patch of batch `number` of a slide.
+    """Return what is known about every patch of batch `number` of a slide.
 
-    That is what was explained of it, its maps, and whether they are the run's.
+    That is what was explained, its maps, and whether they are the run's.
     """
     data, aim = batch.data, batch.aim
     sample = batch.plan.samples[slide_id]
@@ -309,7 +310,7 @@ def describe(batch: Batch, slide_id: str, number: int) -> Patches:
 
 
 def _difference(batch: Batch, method: str) -> NDArray[np.float64]:
-    """Return how far the maps are from those that the run stored, relative to these; NaN where none was stored."""
+    """Return how far the maps are from those stored by the run, relative to these; NaN where none was stored."""
     run, stored, maps = batch.plan.run, batch.data.stored, batch.map_arrays[method]
     found = np.full(len(maps), np.nan)
     if stored is None:
@@ -329,32 +330,32 @@ def _difference(batch: Batch, method: str) -> NDArray[np.float64]:
 
 
 def small_picture(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return a patch for a report, of `SHOWN_PX` at most."""
+    """Return a patch for a report, at most `SHOWN_PX` large."""
     scale = min(1.0, SHOWN_PX / max(rgb.shape[:2]))
     size = max(1, round(rgb.shape[1] * scale)), max(1, round(rgb.shape[0] * scale))
     return np.asarray(Image.fromarray(rgb).resize(size, Image.Resampling.BOX))
 
 
-RANDOM_ORDERS, FEWER_ORDERS = 10, 3  # of networks that are asked once for all orders, and of others
-ENCODED = 32  # patches of a slide that random encoders see
-SHOWS = 0.05  # of a patch: that much ink, glass or region makes it a patch of it
-HELD_BYTES = 1 << 29  # of a bag's features, that are held in memory; larger ones are read again
+RANDOM_ORDERS, FEWER_ORDERS = 10, 3  # for networks that answer all orders at once, and for others
+ENCODED = 32  # patches of a slide passed to random encoders
+SHOWS = 0.05  # of a patch: with at least this much ink, glass or region it counts as such
+HELD_BYTES = 1 << 29  # of a bag's features held in memory; larger ones are read again
 
 
 @dataclass(frozen=True, eq=False)
 class SlideBag:
-    """A slide of a slide-level model under audit.
+    """A slide of a slide-level model being audited.
 
     Attributes:
-        subject: its bag, and the network that answers for it.
+        subject: its bag, and the network that predicts from it.
         relevance: [N] of the patches, by method.
         places: [N, 2] of the patches' corners, in patches' sides; None where they are not known.
-        suspects: [N] which patches show what should not decide, by name; those alone that a patch shows.
-        annotated: [N] share of each patch that is annotated; None where nothing is.
+        suspects: [N] which patches show something that should not affect the answer, by name; only those that occur.
+        annotated: [N] share of each patch that is annotated; None if nothing is.
         seed: of the slide's random numbers.
         model_seed: of random weights, which are the same for all slides.
-        staying_of_encoder: returns how maps stay with random weights of the encoder, [draws] by method; nothing where
-            it cannot be asked.
+        staying_of_encoder: returns how similar maps stay with random weights of the encoder, [draws] by method; empty
+            if that cannot be measured.
     """
 
     subject: BagSubject
@@ -368,14 +369,14 @@ class SlideBag:
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods whose relevance is audited."""
+        """The methods whose relevances are audited."""
         return tuple(self.relevance)
 
     @cached_property
     def flips(self) -> dict[str, list[Flipping]]:
-        """How the answer changes as patches leave, by method; at random in several orders.
+        """How the answer changes as patches are removed, by method; at random in several orders.
 
-        A map that is the same everywhere has no order: those at random are its orders, lest one of them win by chance.
+        A map that is the same everywhere has no order: it gets the random orders, lest one order win by chance.
         """
         draws = RANDOM_ORDERS if self.subject.in_one_go else FEWER_ORDERS
         orders = [leaving_order(values, self.seed) for values in self.relevance.values()]
@@ -389,7 +390,7 @@ class SlideBag:
         return {**flips, RANDOM_ORDER: at_random}
 
     def some(self, count: int) -> BagSubject:
-        """Return the bag of `count` of its patches, drawn at random; all where there are no more."""
+        """Return the bag of `count` of its patches, drawn at random; all of them if there are no more."""
         size = len(self.subject.features)
         if size <= count:
             return self.subject.part(np.arange(size))
@@ -397,11 +398,11 @@ class SlideBag:
 
 
 def read_bag(context: Context[Workload], audit: AuditPlan, entry: SlideEntry) -> SlideBag:
-    """Read a slide's bag: its features, and what the run has stored of each patch; of pixels, a few for encoders.
+    """Read a slide's bag: its features, what the run stored for each patch, and a few patches' pixels for encoders.
 
     Raises:
-        ResumeError: the slide's results are of another run by now.
-        AnnotationError: the slide's annotations cannot be understood.
+        ResumeError: the slide's results now belong to another run.
+        AnnotationError: the slide's annotations cannot be read.
     """
     plan, run, settings = _plan_of(context, audit, entry), audit.run, audit.settings
     store, places = context.features(entry), context.patch_store(entry)
@@ -431,7 +432,7 @@ def read_bag(context: Context[Workload], audit: AuditPlan, entry: SlideEntry) ->
 def _encoder_stays(
     context: Context[Workload], audit: AuditPlan, entry: SlideEntry, subject: BagSubject, rows: NDArray[np.int64]
 ) -> dict[str, list[float]]:
-    """Return `SlideBag.staying_of_encoder`, on a few patches of the slide, whose pixels are read."""
+    """Return `SlideBag.staying_of_encoder` for a few patches of the slide, whose pixels are read."""
     if audit.run.slide_model.encoder is None:
         return {}
     plan, random = _plan_of(context, audit, entry), np.random.default_rng(audit.settings.seed)
@@ -456,14 +457,14 @@ def _encoder_stays(
 
 
 def given_name(name: str) -> str:
-    """Return what a suspect is named that somebody has drawn."""
+    """Return the name of a suspect that somebody has drawn."""
     return f"{name.replace('/', '-')} (given)"
 
 
 def stored_relevance(
     audit: AuditPlan, subject: BagSubject, store: FeatureStore, rows: NDArray[np.int64], method: str
 ) -> NDArray[np.float64]:
-    """Return the relevance [N] of the patches `rows` for what is audited, as the run has stored it.
+    """Return the relevance [N] of the patches `rows` for what is audited, as stored by the run.
 
     Raises:
         ModelError: the slide's predicted class was not explained.

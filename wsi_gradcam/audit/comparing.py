@@ -1,4 +1,4 @@
-"""Two audits side by side: of two models, or of two runs with other methods, on the patches that both have."""
+"""Two audits side by side: of two models, or of two runs with different methods, on the patches that both have."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-FAR_PX = 1.0  # level-0 px by which patches may differ in size and still be the same
+FAR_PX = 1.0  # level-0 px by which patches may differ in size and still count as the same
 
 
 @dataclass(frozen=True, eq=False)
 class OtherAudit:
-    """An audit that stands in its folder.
+    """A finished audit in its folder.
 
     Attributes:
         out: of its run, as shown to users.
@@ -121,7 +121,7 @@ def shared_sample(candidates: Sequence[Candidate], other: OtherAudit, unit: Unit
 def compare_audits(
     here: Measurements, samples: Mapping[str, SlideSample], methods: Sequence[str], other: OtherAudit
 ) -> AgainstFacts:
-    """Return what the two audits differ in, patch by patch."""
+    """Return how the two audits differ, patch by patch."""
     there = other.measurements(here.seed)
     rows_here, rows_there = _pairs(_places(samples, here), _places(other.samples, there))
     if not len(rows_here):
@@ -141,12 +141,12 @@ def compare_audits(
 
 
 def alike(first: tuple[float, float], second: tuple[float, float]) -> bool:
-    """Return whether two footprints of patches, (height, width) in level-0 px, are the same but for rounding."""
+    """Return whether two footprints of patches, (height, width) in level-0 px, are the same except for rounding."""
     return all(abs(a - b) < FAR_PX for a, b in zip(first, second, strict=True))
 
 
 def _matched(candidate: Candidate, sample: SlideSample) -> SlideSample:
-    """Return the sample with this run's numbers of the patches."""
+    """Return the sample with this run's patch numbers."""
     table = candidate.slide.table(["y", "x", "status"])
     places = zip(table.column("y").to_pylist(), table.column("x").to_pylist(), strict=True)
     readable = table.column("status").to_pylist()
@@ -186,7 +186,7 @@ class _Number:
 
 
 def _between(measure: Measure) -> Measure:
-    """Return a measure of both audits."""
+    """Return a measure from both audits."""
     there = "{other_method}" if "{map}" in measure.of else measure.of
     return replace(measure, of=f"{measure.of}, here", against=f"{there}, there")
 
@@ -194,7 +194,7 @@ def _between(measure: Measure) -> Measure:
 def _numbers(
     mine: Measurements, theirs: Measurements, here: Sequence[str], there: Sequence[str]
 ) -> list[tuple[_Number, _Number]]:
-    """Return all that both have; methods by name, else the first two."""
+    """Return everything that both have; methods are matched by name, otherwise the first two."""
     common = [(name, name) for name in here if name in there] or [(here[0], there[0])]
     pairs = [(_of_map(mine, method, other), _of_map(theirs, other, other)) for method, other in common]
     pairs.append((_of_model(mine), _of_model(theirs)))
@@ -210,7 +210,7 @@ def _is_same(one: _Number, same: _Number) -> bool:
 
 
 def _of_map(data: Measurements, method: str, other: str) -> list[_Number]:
-    """Return what is compared of a method's map."""
+    """Return what is compared about the map of a method."""
     keys = Keys(method=method, other_method=other)
     found: list[_Number] = []
     curves = data.of(Faithfulness)
@@ -251,7 +251,7 @@ def _of_map(data: Measurements, method: str, other: str) -> list[_Number]:
 
 
 def _of_model(data: Measurements) -> list[_Number]:
-    """Return what is compared of the model, whatever the method."""
+    """Return what is compared about the model, whatever the method."""
     found: list[_Number] = []
     changed = replace(CHANGED_ANSWERS, what="changed answers with {change}", of="the answer")
     if (stability := data.of(Stability)) is not None:

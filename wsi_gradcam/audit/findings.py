@@ -1,8 +1,8 @@
-"""The findings of a question: rows of estimates, comparisons and curves, and verdicts that stand together.
+"""The findings of a question: rows of estimates, comparisons and curves, and verdicts that are corrected together.
 
-Controls set the standard: a map must beat maps that know nothing, a cause must have more effect than an equal area
-elsewhere. What the patches at hand cannot decide is unclear. Many tests find something by chance, so each verdict must
-remain significant after correction for all of them.
+Controls set the standard: a map must beat maps that know nothing, and a cause must have more effect than an equal area
+elsewhere. What these patches cannot decide is unclear. Many tests find something by chance, so each verdict must remain
+significant after correction for all of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 Outcome = Literal["holds", "fails", "unclear"]
 ALPHA = 0.05
 HALF = 0.5
-# A paired t test of so many patches finds half a standard deviation in 4 of 5 samples (two-sided, 5%).
+# With this many patches, a paired t test detects half a standard deviation in 4 of 5 samples (two-sided, 5%).
 ENOUGH = 34
 UNSURE = "This is not significant after correction for the number of verdicts."
 
@@ -36,7 +36,7 @@ class Verdict:
 
     Attributes:
         question: as a reader would ask it.
-        outcome: `holds`: the explanation, or the model, passes; `fails`; `unclear`: these patches do not tell.
+        outcome: `holds`: the explanation, or the model, passes; `fails`; `unclear`: these patches cannot decide.
         words: why, in a sentence.
         evidence: the numbers behind it, by name.
     """
@@ -55,9 +55,9 @@ class Conclusion:
         question: of the audit.
         of: what it is about.
         p: of the test behind it; NaN without one.
-        is_finding: whether the outcome rests on the test having found something; else on its having found nothing,
-            which no correction takes back.
-        measures: that it rests on.
+        is_finding: whether the outcome rests on the test having found something; otherwise on its having found nothing,
+            which no correction changes.
+        measures: those that it rests on.
         keys: of the rows that it rests on.
     """
 
@@ -82,7 +82,7 @@ class Findings:
     conclusions: list[Conclusion] = field(default_factory=list)
 
     def estimate(self, measure: Measure, values: NDArray[Any], **keys: Unpack[Keys]) -> Estimate:
-        """Estimate a number of the patches, and add the row; of what was measured on some only, these are all."""
+        """Estimate a number of the patches, and add the row; if only some were measured, these count as all."""
         found = self.measurements.estimate(values)
         self.add(measure, found, **keys)
         return found
@@ -107,7 +107,7 @@ class Findings:
         )
 
     def compare(self, measure: Measure, first: NDArray[Any], second: NDArray[Any], **keys: Unpack[Keys]) -> Comparison:
-        """Compare two numbers of the patches, and add the row."""
+        """Compare two numbers of the patches and add the row."""
         found = self.measurements.compare(first, second)
         self.add_comparison(measure, found, **keys)
         return found
@@ -125,7 +125,7 @@ class Findings:
         interval: bool,
         **keys: Unpack[Keys],
     ) -> None:
-        """Add the mean of curves [N, Q] of the patches, with its interval where that is wanted."""
+        """Add the mean of curves [N, Q] of the patches, with its interval if requested."""
         y = self.measurements.mean(values)
         low = high = None
         if interval:
@@ -168,7 +168,7 @@ class Findings:
         is_finding: bool = True,
         **keys: Unpack[Keys],
     ) -> None:
-        """Add a verdict, see `Conclusion`."""
+        """Add a verdict; see `Conclusion`."""
         self.conclusions.append(Conclusion(self.question, of, verdict, p, is_finding, measures, keys))
 
 
@@ -235,12 +235,12 @@ def interval_p(found: Estimate, reference: float) -> float:
 
 
 def capitalised(text: str) -> str:
-    """Return a text as a sentence begins."""
+    """Return a text with the capital that begins a sentence."""
     return text[:1].upper() + text[1:]
 
 
 def percent(share: float) -> str:
-    """Return a share in text.
+    """Return a share as text.
 
     >>> percent(0.257)
     '26%'

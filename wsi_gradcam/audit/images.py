@@ -69,14 +69,15 @@ def audit_images(
 ) -> Metrics:
     """Audit a model on patches uint8 [N, h, w, 3] of its own size: the numbers and verdicts of `audit_run`.
 
-    Whatever needs a slide is left out: the control by neighbouring probabilities, a shift of the grid, slides' scores.
+    Anything that needs a slide is left out: the control by neighbouring probabilities, a shift of the grid, and slides'
+    scores.
 
     Args:
         model: as for `explain`, or loaded: see `model_of` for a network in memory.
         method: a name from `wsi_gradcam.cam.facts`, or several.
         target: what is explained: a class, or "predicted".
-        groups: the origin of each patch, such as its slide [N]; patches of one group are alike, and statements are
-            about groups if there are 6 or more. None: each patch on its own.
+        groups: the origin of each patch, such as its slide [N]; patches of one group are similar, and statements are
+            about groups if there are 6 or more. None: each patch is independent.
         annotated: where each patch shows the target's class, bool [N, side, side], for plausibility.
         regions: masks [N, side, side] of what should not affect the answer, by name.
         glass: RGB of bare glass.
@@ -89,7 +90,7 @@ def audit_images(
 
     Raises:
         ConfigError: arguments that do not fit together.
-        ModelError: patches that the model does not take, or a model that cannot be explained.
+        ModelError: patches that the model does not accept, or a model that cannot be explained.
         TargetError: a target that the model does not have.
     """
     loaded = model if isinstance(model, Model) else load_model(_named(model), device, trust_code=trust_code)
@@ -239,7 +240,7 @@ def audit_bags(
     trust_code: bool = False,
     report: str | PathLike[str] | None = None,
 ) -> Metrics:
-    """Audit a slide-level model on bags of feature vectors [N, D], one for each slide: as `audit_run` with slides.
+    """Audit a slide-level model on bags of feature vectors [N, D], one per slide, like `audit_run` does with slides.
 
     Args:
         features: by the slide's name, or in a list.
@@ -250,18 +251,18 @@ def audit_bags(
         target: what is explained: a class, or "predicted".
         classes: of a module; a model file has its own.
         activation: of a module; a model file has its own.
-        places: positions of the patches, [N, 2] in units of their side, by slide: areas elsewhere are then as compact
-            as regions.
+        places: positions of the patches, [N, 2] in units of their side, by slide: with these, areas elsewhere are as
+            compact as regions.
         annotated: share of each patch that shows the target's class, [N], by slide.
         regions: which patches show what should not affect the answer, bool [N], by name and slide.
-        only: the questions to ask, see `wsi_gradcam.audit.schema.BAG_QUESTIONS`; nothing given: all.
+        only: the questions to ask, see `wsi_gradcam.audit.schema.BAG_QUESTIONS`; all if none are given.
         seed: of all random numbers.
         trust_code: allow the code in the model to run.
         report: a file for the report, one page of HTML.
 
     Raises:
         ConfigError: arguments that do not fit together.
-        ModelError: features that the model does not take.
+        ModelError: features that the model does not accept.
         TargetError: a target that the model does not have.
     """
     bags = dict(features) if isinstance(features, Mapping) else {f"bag {i}": one for i, one in enumerate(features)}
@@ -336,7 +337,7 @@ def _aggregator(
 def _bag_run(
     spec: SlideModelSpec, network: Aggregator, classes: tuple[str, ...], target: str, attended: str
 ) -> RunPlan:
-    """Return a plan that says what was audited, although there was no run."""
+    """Return a plan that says what was audited, even though there was no run."""
     facts = ModelFacts(
         name=spec.name,
         source=spec.aggregator.source,

@@ -1,13 +1,13 @@
-"""Measurements of patches: typed records, the arrays by name that hold them on disk, and all of an audit together.
+"""Measurements of patches: typed records, the named arrays that hold them on disk, and those of a whole audit.
 
-A record is a dataclass with keyword-only fields, whose arrays have an axis of patches first. `stored` says of a field
-under which name its arrays lie; a mapping has a pair of braces in it for each level of its keys:
+A record is a dataclass with keyword-only fields, whose arrays have patches as their first axis. `stored` gives the name
+under which a field's arrays are stored; for a mapping it has a pair of braces for each level of keys:
 
     worth: Mapping[str, Floats] = stored("locality/{}/worth")
 
-Then what leads from numbers of patches to statements: samples, intervals, tests and effects, by slide. Patches of one
-slide are alike, so a slide is what is resampled. Where there are fewer than `FEWEST_SLIDES`, patches are, and the
-statement is about these slides alone: `unit` says which.
+Then everything that leads from numbers of patches to statements: samples, intervals, tests and effects, by slide.
+Patches of one slide are similar, so slides are resampled. If there are fewer than `FEWEST_SLIDES`, patches are, and
+the statement is only about these slides: `unit` says which.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 Floats = NDArray[np.float64]
 Unit = Literal["slide", "patch"]
 
-FEWEST_SLIDES = 6  # below, nothing can be said of other slides
-# Of a test that flips signs: with 9, p cannot fall below 2 / 2**9, which is nothing found among a dozen verdicts.
+FEWEST_SLIDES = 6  # with fewer, nothing can be said about other slides
+# For a test that flips signs: with 9, p cannot fall below 2 / 2**9, which finds nothing among a dozen verdicts.
 FEWEST_FLIPS = 10
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -47,9 +47,9 @@ class Estimate:
     """A weighted mean with its 95% interval.
 
     Attributes:
-        value: NaN where no patch counts.
-        low, high: percentiles of the bootstrap, widened for few units as Student's t is.
-        patches, slides: that count.
+        value: NaN if no patch counts.
+        low, high: percentiles of the bootstrap, widened for few units as in Student's t.
+        patches, slides: numbers of those that count.
         missing: patches without a number.
         unit: what was resampled.
     """
@@ -68,8 +68,8 @@ class Comparison:
     """Two numbers for each patch, compared.
 
     Attributes:
-        difference: of the first less the second.
-        p: two-sided, of the test that flips the signs of the units' differences; of 6 to 9 slides Student's paired t.
+        difference: the first minus the second.
+        p: two-sided, of the test that flips the signs of the units' differences; for 6 to 9 slides, Student's paired t.
         spread: standard deviation of the patches' differences.
         effect: mean over standard deviation of the patches' differences (Cohen's d of pairs).
         better: share of the patches where the first is larger; ties count half.
@@ -85,10 +85,10 @@ class Comparison:
 def stratified_sample(
     strata: Sequence[str] | NDArray[np.str_], count: int, seed: int, fewest: int = 1
 ) -> tuple[NDArray[np.int64], Floats]:
-    """Return (indices ascending, weights) of about `count` rows: each stratum in proportion, at least `fewest` of it.
+    """Return (ascending indices, weights) of about `count` rows: each stratum in proportion, at least `fewest` of it.
 
     A row's weight is the number of rows that it stands for, so that weighted means are those of all rows whatever the
-    proportions. The same for the same seed, and a stratum's rows do not depend on the others'.
+    proportions. The same seed gives the same rows, and a stratum's rows do not depend on other strata.
     """
     if count < 1 or fewest < 1:
         raise ConfigError(f"a sample of {count} patches, {fewest} of each stratum; expected 1 or more")
@@ -109,8 +109,8 @@ def stratified_sample(
 def estimate(values: ArrayLike, slides: ArrayLike, weights: ArrayLike | None = None, seed: int = 0) -> Estimate:
     """Estimate the weighted mean of `values` [N], and its interval by bootstrap of slides (`slides` [N] are their ids).
 
-    Other things that make values alike may stand for slides, such as draws of random weights. NaN are left out, and
-    counted.
+    Other things that make values similar may take the place of slides, such as draws of random weights. NaNs are left
+    out, and counted.
     """
     sums, heavy, unit, counted = _units(np.asarray(values, np.float64)[None], slides, weights)
     number = len(np.asarray(values))
@@ -146,10 +146,10 @@ def compare(
 def permutation_p(
     values: Floats, groups: NDArray[np.str_], seed: int, strata: NDArray[np.str_] | None = None
 ) -> float | None:
-    """Return the p of the sum of squares between groups when slides are permuted; None with one group alone.
+    """Return the p of the sum of squares between groups when slides are permuted; None if there is only one group.
 
-    `values` and `groups` [S] are of slides, such as their sites. They are permuted within `strata` [S], such as labels:
-    another mix of cases is no effect of a site.
+    `values` and `groups` [S] belong to slides; groups may be their sites. They are permuted within `strata` [S], such
+    as labels: a different mix of cases is not an effect of the site.
     """
     names, member = np.unique(groups, return_inverse=True)
     if len(names) < 2:
@@ -171,7 +171,7 @@ def permutation_p(
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Return p-values made larger for being many, so that the chance of any false alarm stays (Holm 1979).
+    """Return p-values corrected for their number, so that the chance of any false alarm stays the same (Holm 1979).
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -184,9 +184,9 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def across(values: ArrayLike, groups: ArrayLike, slides: ArrayLike) -> float:
-    """Return the p of Kruskal and Wallis' test that `values` [N] are alike in all groups, such as sites or scanners.
+    """Return the p of the Kruskal-Wallis test that `values` [N] are alike in all groups, such as sites or scanners.
 
-    Of the slides' means; of patches where there are too few slides. NaN with one group alone.
+    The test is on slides' means, or on patches if there are too few slides. NaN if there is only one group.
     """
     number, group = np.asarray(values, np.float64), np.asarray(groups)
     known = ~np.isnan(number)
@@ -219,7 +219,7 @@ def _units(
 
 @lru_cache(maxsize=256)
 def _percentiles(units: int) -> tuple[float, float]:
-    """Return the ends of an interval of a bootstrap of so many units: plain percentiles leave the truth out too often.
+    """Return the ends of an interval from a bootstrap of this many units: plain percentiles miss the truth too often.
 
     Hesterberg's expanded percentiles (2015, doi 10.1080/00031305.2015.1089789).
     """
@@ -231,9 +231,9 @@ def _percentiles(units: int) -> tuple[float, float]:
 
 
 def _resampled(count: int, seed: int) -> Floats:
-    """Return the number of times that each of `count` units is drawn, [RESAMPLES, count]; not to be changed.
+    """Return how often each of `count` units is drawn, [RESAMPLES, count]; must not be modified.
 
-    Those of a few units, such as slides, are kept: an audit asks for them again and again.
+    Those for few units, such as slides, are cached: an audit needs them again and again.
     """
     return _kept(count, seed) if count <= KEPT_UNITS else _drawn(count, seed)
 
@@ -250,14 +250,14 @@ def _drawn(count: int, seed: int) -> Floats:
 
 
 def _student(sums: Floats) -> float:
-    """Return the p of Student's test that the mean of `sums` is 0."""
+    """Return the p of Student's t test that the mean of `sums` is 0."""
     if np.ptp(sums) == 0:
         return 1.0 if not sums[0] else 0.0
     return float(stats.ttest_1samp(sums, 0.0).pvalue)
 
 
 def _flipped(sums: Floats, seed: int) -> float:
-    """Return the p of the mean of `sums` when their signs are flipped; all 2**U ways where those are few."""
+    """Return the p of the mean of `sums` when their signs are flipped; in all 2**U ways if those are few."""
     if len(sums) < 2:
         return 1.0
     tested = stats.permutation_test(
@@ -272,7 +272,7 @@ def _flipped(sums: Floats, seed: int) -> float:
 
 
 Record = TypeVar("Record")
-SLIDE, SHOWN = "slide/", "shown/"  # names of what is of a whole slide, and of what is only to be looked at
+SLIDE, SHOWN = "slide/", "shown/"  # names of arrays about a whole slide, and of those that are only displayed
 
 
 @dataclass(frozen=True)
@@ -283,7 +283,7 @@ class _Stored:
 
     @property
     def names(self) -> re.Pattern[str]:
-        """Return a pattern for the names of the arrays, with a group for each key and one for the rest."""
+        """Return a pattern for the names of the arrays, with a group for each key and one for the remainder."""
         groups = ["(.+)" if known is None else f"({'|'.join(map(re.escape, known))})" for known in self.keys]
         path = re.escape(self.path).replace(r"\{\}", "{}")
         rest = "" if self.record is None else f"/({'|'.join(f.name for f in fields(self.record))})"
@@ -294,9 +294,9 @@ def stored(path: str, record: type | None = None, keys: tuple[tuple[str, ...] | 
     """Return a field of a record.
 
     Args:
-        path: name of its array; with braces for the keys of a mapping.
-        record: the dataclass of arrays at the bottom of a mapping; their names follow those of the mapping.
-        keys: those that may be, for each pair of braces; None for any.
+        path: name of its array, with braces for the keys of a mapping.
+        record: the dataclass of arrays at the bottom of a mapping; their names come after those of the mapping.
+        keys: those allowed for each pair of braces; None for any.
     """
     levels = path.count("{}")
     what = _Stored(path, record, keys or (None,) * levels)
@@ -304,7 +304,7 @@ def stored(path: str, record: type | None = None, keys: tuple[tuple[str, ...] | 
 
 
 def optional(path: str) -> Any:
-    """Return a field of a record that may be None: its array lies at `path`."""
+    """Return a field of a record that may be None; its array is at `path`."""
     return field(metadata={"stored": _Stored(path, None, ())}, default=None)
 
 
@@ -330,7 +330,7 @@ def _leaves(value: Any, path: str, keys: tuple[str, ...]) -> Iterator[tuple[str,
 
 
 def record_from(kind: type[Record], arrays: Arrays) -> Record | None:
-    """Return the record of a kind that is in arrays by name; None where an array is missing that it must have."""
+    """Return the record of this kind from arrays by name; None if a required array is missing."""
     values: dict[str, Any] = {}
     for part in fields(kind):  # type: ignore[arg-type]
         what: _Stored = part.metadata.get("stored") or _Stored(part.name, None, ())
@@ -365,20 +365,20 @@ def _with_records(values: dict[str, Any], record: type, levels: int) -> Any:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Patches:
-    """Facts of every patch: its place in the sample, the model's answer, and its maps.
+    """Facts about every patch: its place in the sample, the model's answer, and its maps.
 
     Attributes:
         number: in the slide's table.
-        weight: how many patches it stands for.
+        weight: the number of patches it stands for.
         readable: 1 or 0.
         in_depth: 1 or 0, whether it was measured in depth.
         logits: [N, K] of the model.
-        logit: that is explained.
-        explained_class, probability: where a class is explained.
-        difference: of a method's maps from those of the run, relative to these.
+        logit: the one that is explained.
+        explained_class, probability: if a class is explained.
+        difference: between a method's maps and those of the run, relative to the run's.
         maps: [N, h, w] by method.
-        shown: uint8 [N, h, w, 3], of a slide's first batch: small pictures for the report.
-        drawn: [N, side, side], what is drawn on the same patches: see `stages.drawn_arrays`.
+        shown: uint8 [N, h, w, 3], for a slide's first batch: small pictures for the report.
+        drawn: [N, side, side], what is drawn on the same patches; see `stages.drawn_arrays`.
     """
 
     number: NDArray[np.int64] = stored("base/number")
@@ -397,12 +397,12 @@ class Patches:
 
 @dataclass(frozen=True, eq=False)
 class Measurements:
-    """The measurements of an audit; NaN where one was not made of a patch.
+    """The measurements of an audit; NaN where a patch was not measured.
 
     Attributes:
-        arrays: by name, an axis of patches first; see `of` for records of them.
+        arrays: by name, with patches as the first axis; see `of` for records of them.
         slides: the id of each patch's slide.
-        slide_arrays: what is of whole slides, by slide id and name.
+        slide_arrays: those about whole slides, by slide id and name.
         seed: of bootstraps and tests.
     """
 
@@ -413,7 +413,7 @@ class Measurements:
 
     @cached_property
     def patches(self) -> Patches:
-        """Facts of every patch: its place in the sample, the model's answer, and its maps."""
+        """Facts about every patch: its place in the sample, the model's answer, and its maps."""
         found = self.of(Patches)
         assert found is not None
         return found
@@ -422,27 +422,27 @@ class Measurements:
         return len(self.slides)
 
     def of(self, kind: type[Record]) -> Record | None:
-        """Return the record of a kind; None where it was not measured."""
+        """Return the record of a kind; None if it was not measured."""
         return record_from(kind, self.arrays)
 
     def of_slides(self, kind: type[Record]) -> dict[str, Record]:
-        """Return the records of a kind that are of whole slides, by slide id."""
+        """Return the records of a kind that are about whole slides, by slide id."""
         found = {slide: record_from(kind, arrays) for slide, arrays in self.slide_arrays.items()}
         return {slide: one for slide, one in found.items() if one is not None}
 
     def only(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Measurements:
-        """Return those of some of the patches."""
+        """Return the measurements of some of the patches."""
         arrays = {name: values[rows] for name, values in self.arrays.items()}
         return replace(self, arrays=arrays, slides=self.slides[rows])
 
     def of_slide(self, slide_id: str) -> Measurements:
-        """Return those of the patches of a slide."""
+        """Return the measurements of the patches of a slide."""
         own = {slide_id: self.slide_arrays[slide_id]} if slide_id in self.slide_arrays else {}
         return replace(self.only(self.slides == slide_id), slide_arrays=own)
 
     @property
     def weights(self) -> Floats:
-        """The number of patches that each stands for."""
+        """The number of patches that each patch stands for."""
         return np.asarray(self.arrays["base/weight"], np.float64)
 
     def estimate(self, values: NDArray[Any]) -> Estimate:
@@ -454,7 +454,7 @@ class Measurements:
         return compare(first, second, self.slides, self.weights, self.seed)
 
     def mean(self, values: NDArray[Any]) -> Floats:
-        """Return the weighted mean [Q] of values [N, Q], patches with a NaN left out."""
+        """Return the weighted mean [Q] of values [N, Q], leaving out patches with a NaN."""
         known = ~np.isnan(values).reshape(len(values), -1).any(axis=1)
         if not known.any():
             return np.full(values.shape[1:], np.nan)
@@ -469,14 +469,14 @@ def read_measurements(
 
     Raises:
         StoreError: a file is damaged.
-        FileNotFoundError: one is not there.
+        FileNotFoundError: a file does not exist.
     """
     places = ((slide, number) for slide in slides for number in range(samples[slide].batches))
     return joined(((slide, read_arrays(folder.batch(slide, digest, number))) for slide, number in places), seed)
 
 
 def joined(batches: Iterable[tuple[str, Arrays]], seed: int) -> Measurements:
-    """Return the measurements of batches, each with its slide's id."""
+    """Return the measurements of batches, each given with its slide's id."""
     kept: list[tuple[str, Arrays]] = []
     of_slides: dict[str, Arrays] = {}
     for slide, arrays in batches:

@@ -58,7 +58,7 @@ QUADRANTS = {  # (faithful, plausible)
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of verdict in the conclusion: the clause for one that fails, and the noun of what is unclear."""
+    """A kind of verdict in the conclusion: the clause used if it fails, and the noun used if it is unclear."""
 
     failing: str
     noun: str
@@ -83,13 +83,13 @@ UNTESTED = {"sanity": "dependence on training", "stability": "stability", "short
 
 @dataclass(frozen=True)
 class ArchiveFacts:
-    """Facts of the archive that metrics hold besides numbers of patches.
+    """Facts about the archive that the metrics contain besides numbers of patches.
 
     Attributes:
-        slides_of_run, patches_of_run: that could be audited.
-        not_audited: slides that were not, and why.
+        slides_of_run, patches_of_run: numbers of those that could be audited.
+        not_audited: slides that were not audited, and why.
         groups: of slides: "site", "scanner", "label" -> slide id -> its value.
-        spreads: by slide id and target: means of the spread of overlapping patches, and of the map's size.
+        spreads: by slide id and target: means of the spread of overlapping patches, and of the map's magnitude.
     """
 
     slides_of_run: int
@@ -101,7 +101,7 @@ class ArchiveFacts:
 
 @dataclass(frozen=True)
 class GroupedNumber:
-    """A number [N] of the patches that may differ between sites and scanners."""
+    """A number for each patch [N] that may differ between sites and scanners."""
 
     question: str
     measure: Measure
@@ -110,7 +110,7 @@ class GroupedNumber:
 
 
 def metrics_of(data: Measurements, plan: AuditPlan, archive: ArchiveFacts, slide: str = "") -> Metrics:
-    """Return the metrics of the archive, or of a `slide` whose patches alone are in `data`."""
+    """Return the metrics of the archive, or of one `slide` if `data` contains only its patches."""
     scope, facts, sample = _scope(plan, archive, slide), run_facts(plan), _sample(data, plan, archive, slide)
     readable = data.only(data.patches.readable == 1)
     sections, untested = _sections(readable, plan, scope)
@@ -134,8 +134,8 @@ def metrics_of(data: Measurements, plan: AuditPlan, archive: ArchiveFacts, slide
 def conclusion(verdicts: Sequence[VerdictRow], run: RunFacts, sample: SampleFacts) -> ConclusionRow:
     """Return the conclusion on the map of the run's first method: a sentence that follows from the verdicts by rule.
 
-    The map can be believed where faithfulness holds, and neither its own sanity nor the model's fails. Whatever else
-    fails, is unclear, or was not tested is named behind that; nothing that fails is left out.
+    The map can be believed if faithfulness holds and neither its own sanity nor the model's fails. Anything else that
+    fails, is unclear, or was not tested is named after that; nothing that fails is left out.
     """
     method = run.methods[0]
     about = [verdict for verdict in verdicts if verdict.method in (method, None)]
@@ -174,7 +174,7 @@ def _belief(outcomes: Mapping[tuple[str, bool], Outcome], unit: Unit) -> tuple[O
 
 
 def _failures(about: Sequence[VerdictRow]) -> list[str]:
-    """Return what fails besides what `_belief` rests on, a clause for each kind."""
+    """Return what fails besides the basis of `_belief`, with a clause for each kind."""
     failed = [one for one in about if one.outcome == "fails"]
     suspects, changes, map_changes = _suspects(failed), _changes(failed, False), _changes(failed, True)
     clauses = [
@@ -201,7 +201,7 @@ def _open_points(about: Sequence[VerdictRow]) -> list[str]:
 
 
 def _kinds(rows: Sequence[VerdictRow]) -> list[tuple[str, bool]]:
-    """Return the kinds of verdicts that are not about a suspect, a change or glass, in the order of `KINDS`."""
+    """Return the kinds of verdicts not about a suspect, a change or glass, in the order of `KINDS`."""
     there = {(one.question, one.method is not None) for one in rows if not (one.suspect or one.change or one.label)}
     return [kind for kind in KINDS if kind in there]
 
@@ -217,7 +217,7 @@ def _changes(rows: Sequence[VerdictRow], of_map: bool) -> list[str]:
 
 
 def _sentence_part(nouns: Sequence[str], what: str, one: str, many: str) -> list[str]:
-    """Return a clause that says something of nouns; none without nouns."""
+    """Return a clause that says something about nouns; none without nouns."""
     return [f"{listed(nouns)} {one if len(nouns) == 1 else many} {what}"] if nouns else []
 
 
@@ -237,7 +237,7 @@ def listed(words: Sequence[str]) -> str:
 
 
 def _sections(readable: Measurements, plan: AuditPlan, scope: Scope) -> tuple[list[Findings], list[UntestedRow]]:
-    """Return what is found of each question, and the questions of which nothing is."""
+    """Return the findings of each question, and the questions without findings."""
     in_depth = readable.only(readable.patches.in_depth == 1)
     sections: list[Findings] = []
     untested: list[UntestedRow] = []
@@ -275,9 +275,9 @@ def _ratio(spread: float | None, size: float | None) -> float:
 
 
 def positive_class(plan: AuditPlan) -> str:
-    """Return the class that bare glass must not be called: the audited one; of two that both are, the second; or none.
+    """Return the class that bare glass must not get: the audited one; if both of two are audited, the second; or none.
 
-    That the second of two is the positive one is how nearly all models name their classes.
+    In nearly all models with two classes, the second is the positive one.
     """
     if not plan.target.is_class:
         return ""
@@ -288,7 +288,7 @@ def positive_class(plan: AuditPlan) -> str:
 
 
 def to_bytes(metrics: Metrics) -> bytes:
-    """Return the metrics as they are written: the same metrics give the same bytes."""
+    """Return the metrics as written to disk: the same metrics give the same bytes."""
     values = metrics.model_dump(mode="json")
     return (json.dumps(values, indent=1, allow_nan=False, ensure_ascii=True) + "\n").encode()
 
@@ -332,14 +332,14 @@ def _sample(data: Measurements, plan: AuditPlan, archive: ArchiveFacts, slide: s
 
 
 def _patches_of_slide(data: Measurements) -> int:
-    """Return how many patches a slide has: those of its bag, or those that the sample stands for."""
+    """Return how many patches a slide has: those of its bag, or those represented by the sample."""
     return round(float(data.arrays.get("base/bag", data.weights).sum()))
 
 
 def _quadrants(data: Measurements, verdicts: Sequence[VerdictRow], methods: Sequence[str]) -> list[QuadrantRow]:
-    """Return faithful and plausible together, both on the patches of which the annotation tells.
+    """Return faithfulness and plausibility together, both on the patches that the annotation covers.
 
-    On other patches they would speak of different tissue.
+    On different patches they would be about different tissue.
     """
     found = []
     aurocs = _aurocs(data)
@@ -362,7 +362,7 @@ def _quadrants(data: Measurements, verdicts: Sequence[VerdictRow], methods: Sequ
 
 
 def _aurocs(data: Measurements) -> dict[str, NDArray[np.float64]]:
-    """Return how well maps meet the annotation, by method; empty where there is none."""
+    """Return how well maps match the annotation, by method; empty if there is none."""
     if (of_patches := data.of(Plausibility)) is not None:
         return {name: np.asarray(one.auroc, np.float64) for name, one in of_patches.maps.items()}
     of_slides = data.of(BagPlausibility)
@@ -377,7 +377,7 @@ def _faithful_where(data: Measurements, method: str, rows: NDArray[np.bool_]) ->
 
 
 def quadrant(faithful: Outcome, plausible: Outcome) -> str:
-    """Return what the two together mean; they are never mixed into one number."""
+    """Return what the two mean together; they are never combined into one number."""
     if "unclear" in (faithful, plausible):
         return "Faithfulness or plausibility is unclear, so nothing can be said about the two together."
     return QUADRANTS[faithful == "holds", plausible == "holds"]
@@ -407,7 +407,7 @@ def strata(
     """Return whether numbers of the patches differ between groups of slides.
 
     Args:
-        groups: by what they are of, such as "site": the group by slide id; slides without one are left out.
+        groups: by kind, such as "site": the group by slide id; slides without a group are left out.
     """
     found = []
     for by, of_slide in groups.items():
@@ -433,7 +433,7 @@ def strata(
 
 
 def _untested(plan: AuditPlan, data: Measurements, scope: Scope) -> list[UntestedRow]:
-    """Return what was left out of the questions, and the questions that were left out."""
+    """Return the parts of questions that were left out, and the questions that were."""
     found = [
         UntestedRow(what=name, why="not requested, see --only")
         for name in questions_of(plan.unit)

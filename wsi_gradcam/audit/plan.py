@@ -1,4 +1,4 @@
-"""The plan of an audit: its settings, its sample, and all that its numbers depend on. Small and picklable."""
+"""The plan of an audit: its settings, its sample, and everything its numbers depend on. Small and picklable."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 PIECES, REPORT = "pieces", "report.html"
 ENDING, DIGITS = ".npz", 12
-# Of a slide's folder, but for the image of its spread.
+# Of a slide's folder, except for the image of its spread.
 CONTENTS = re.compile(
     rf"({re.escape(REPORT)}|spread\.json|{PIECES}/[0-9a-f]{{{DIGITS}}}-[0-9]+{re.escape(ENDING)})(\.[0-9a-f]{{32}}\.partial)?"
 )
@@ -48,7 +48,7 @@ Arrays = dict[str, "NDArray[Any]"]
 
 @dataclass(frozen=True)
 class AuditFolder:
-    """OUT/audit. The file of a batch is named by the audit's digest: those of another audit are as good as none."""
+    """OUT/audit. Files of batches have the audit's digest in their names: those of other audits are ignored."""
 
     place: StoragePath
 
@@ -73,9 +73,9 @@ class AuditFolder:
         return self.place / LISTING
 
     def path_of(self, slide_id: str) -> str:
-        """Return the path of a slide's folder from here: as `folder_name` says, or as an older version has named it."""
+        """Return the relative path of a slide's folder: that of `folder_name`, or that of an older version."""
         name = folder_name(slide_id)
-        may_be_old = name != slide_id and not slide_id.partition("/")[0].endswith(MARK)  # which may be another's by now
+        may_be_old = name != slide_id and not slide_id.partition("/")[0].endswith(MARK)  # may now be another's
         return slide_id if may_be_old and not self._holds(name) and self._holds(slide_id) else name
 
     def _holds(self, path: str) -> bool:
@@ -86,12 +86,12 @@ class AuditFolder:
         return self.place / self.path_of(slide_id)
 
     def forget(self, slide_id: str) -> None:
-        """Delete all that an audit has written of a slide; files that are not ours stay."""
+        """Delete everything that an audit wrote about a slide; other people's files stay."""
         self.spread(slide_id).remove_files(ZARR_CONTENTS)
         self.slide(slide_id).remove_files(CONTENTS)
 
     def remove_partial_files(self, slides: Iterable[str]) -> None:
-        """Delete files that killed audits of these slides have left half-written."""
+        """Delete files that killed audits of these slides left half-written."""
         self.place.remove_partial_files(recursive=False)
         for slide_id in slides:
             self.slide(slide_id).remove_partial_files()
@@ -105,20 +105,20 @@ class AuditFolder:
         return self.slide(slide_id) / PIECES / f"{digest[:DIGITS]}-{number:04d}{ENDING}"
 
     def spread(self, slide_id: str) -> StoragePath:
-        """Return the OME-Zarr image of where overlapping patches of a slide disagree."""
+        """Return the OME-Zarr image that shows where overlapping patches of a slide disagree."""
         return self.slide(slide_id) / "spread.ome.zarr"
 
     def spread_means(self, slide_id: str) -> StoragePath:
-        """Return the file of its means; written when the image is whole."""
+        """Return the file of its means, which is written when the image is complete."""
         return self.slide(slide_id) / "spread.json"
 
     @property
     def is_listed(self) -> bool:
-        """True of an audit whose files are listed in the end; older versions, whose plan has no seal, did not."""
+        """True for an audit whose files are listed at the end; older versions, whose plans have no seal, did not."""
         return seal_of(self.plan.read()) is not Seal.MISSING
 
     def read_plan(self) -> dict[str, Any] | None:
-        """Return the plan as it was written; None where there is none.
+        """Return the plan as it was written; None if there is none.
 
         Raises:
             StoreError: it is damaged.
@@ -126,7 +126,7 @@ class AuditFolder:
         return _json(self.plan)
 
     def read_spread(self, slide_id: str) -> dict[str, Any] | None:
-        """Return the means of a slide's spread; None where it was not made.
+        """Return the means of a slide's spread; None if it was not made.
 
         Raises:
             StoreError: they are damaged.
@@ -134,7 +134,7 @@ class AuditFolder:
         return _json(self.spread_means(slide_id))
 
     def read_metrics(self) -> dict[str, Any] | None:
-        """Return the metrics; None where there are none.
+        """Return the metrics; None if there are none.
 
         Raises:
             StoreError: they are damaged.
@@ -155,7 +155,7 @@ def _json(place: StoragePath) -> dict[str, Any] | None:
 
 
 def write_arrays(place: StoragePath, arrays: Mapping[str, NDArray[Any]]) -> None:
-    """Write arrays by name; the same arrays give the same bytes."""
+    """Write named arrays; the same arrays give the same bytes."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **{name: arrays[name] for name in sorted(arrays)})  # type: ignore[arg-type]
     place.write(buffer.getvalue())
@@ -166,7 +166,7 @@ def read_arrays(place: StoragePath) -> Arrays:
 
     Raises:
         StoreError: it is damaged.
-        FileNotFoundError: there is none.
+        FileNotFoundError: it does not exist.
     """
     data = place.read(MAX_ARRAYS_BYTES)
     try:
@@ -179,15 +179,15 @@ def read_arrays(place: StoragePath) -> Arrays:
         raise _damaged(place) from error
 
 
-# Of the arrays of a batch of patches, unpacked; usual ones have some hundred kilobytes.
+# Of the arrays of a batch of patches, unpacked; normally a few hundred kilobytes.
 MAX_ARRAYS, MAX_ARRAYS_BYTES = 1 << 14, 1 << 28
 _DAMAGE = (ValueError, KeyError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def _array(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> NDArray[Any]:
-    """Return an array of an .npz; raises a ValueError where its header claims more than the member holds.
+    """Return an array from an .npz; raises a ValueError if its header claims more than the member contains.
 
-    Numpy makes room for what the header says before it reads on.
+    NumPy allocates what the header says before it reads on.
     """
     if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise ValueError("compressed in a way that .npz files are not")
@@ -206,19 +206,19 @@ def _damaged(place: StoragePath) -> StoreError:
 
 
 Frame = Literal["auto", "slide", "bounds"]  # of a drawing
-FORMAT = 1  # of the numbers; raised when old ones must not be continued
-# All batches are of this size, filled up where need be: for another size torch chooses other kernels, whose sums differ
-# in the last bit with the number of threads.
+FORMAT = 1  # of the numbers; increased when old ones must not be continued
+# All batches have this size, padded if necessary: for other sizes torch chooses other kernels, whose sums differ in the
+# last bit with the number of threads.
 BATCH_SIZE = 8
 PATCHES = 200
 SLIDES = 200  # of slide-level models
-FEWEST_DEEP = 48  # patches on which what is slow is measured too: enough for a verdict, from 6 slides where there are
+FEWEST_DEEP = 48  # patches with slow measurements too: enough for a verdict, from 6 slides if there are
 DEEP_SHARE = 10
 
 
 @dataclass(frozen=True)
 class AuditSettings:
-    """The settings of an audit. Each field is a flag of `wsi-gradcam audit`, and its description the flag's help."""
+    """The settings of an audit. Each field is a flag of `wsi-gradcam audit`, and its description is the flag's help."""
 
     patches: Annotated[int, Field(description="approximate number of patches, over all slides")] = PATCHES
     seed: Annotated[int, Field(description="seed of the sample and all random numbers")] = 0
@@ -282,7 +282,7 @@ class AuditSettings:
         return question in self.only
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, in the order of the questions."""
+        """Return plain values, with questions in their order."""
         known = {**QUESTIONS, **BAG_QUESTIONS}
         values = {**asdict(self), "only": [name for name in known if name in self.only]}
         for name in ("annotations", "regions"):
@@ -293,7 +293,7 @@ class AuditSettings:
 
 
 def check_questions(names: Sequence[str], unit: Unit | None = None) -> None:
-    """Raise ConfigError for a name that is no question, or none that is asked of patches, or of slides."""
+    """Raise ConfigError for a name that is not a question, or not one about patches, or about slides."""
     known = {**QUESTIONS, **BAG_QUESTIONS} if unit is None else questions_of(unit)
     for name in names:
         if name not in known:
@@ -303,10 +303,10 @@ def check_questions(names: Sequence[str], unit: Unit | None = None) -> None:
 
 
 def asked_questions(only: Sequence[str], unit: Unit) -> tuple[str, ...]:
-    """Return the questions that are asked, in the report's order; all where none is named.
+    """Return the questions asked, in the order of the report; all if none are named.
 
     Raises:
-        ConfigError: one is no question that is asked of patches, or of slides.
+        ConfigError: one is not a question about patches, or about slides.
     """
     check_questions(only)
     check_questions(only, unit)
@@ -318,11 +318,11 @@ class SlideSample:
     """The patches of a slide that are audited.
 
     Attributes:
-        patches: their numbers in the slide's table, in a random order that the seed decides.
+        patches: their numbers in the slide's table, in a random order determined by the seed.
         yx: level-0 px of their top left corners.
-        weights: how many patches of the archive each stands for.
-        strata: what each was drawn as.
-        deep: this many batches, from the first on, are measured in depth.
+        weights: the number of patches of the archive that each stands for.
+        strata: the stratum from which each was drawn.
+        deep: the first batches, this many of them, are measured in depth.
     """
 
     patches: tuple[int, ...]
@@ -346,7 +346,7 @@ class SlideSample:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> SlideSample:
-        """Return the sample of which these are the plain values; others raise KeyError or TypeError."""
+        """Return the sample from its plain values; other values raise KeyError or TypeError."""
         return cls(
             tuple(values["patches"]),
             tuple((y, x) for y, x in values["yx"]),
@@ -358,15 +358,16 @@ class SlideSample:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditScope:
-    """All that an audit's numbers depend on; it is known before the model is loaded.
+    """Everything an audit's numbers depend on; known before the model is loaded.
 
     Attributes:
-        run_digest: of the run whose results are audited.
+        run_digest: that of the run whose results are audited.
         settings: of the audit.
         target: what is audited, one of the run's targets or each patch's predicted class.
         samples: by slide id.
         annotation_digests, region_digests: sha256 of the slides' files of annotations and regions, by slide id.
-        unit: of which questions are asked; the sample of a slide is itself then, as if it were one patch.
+        unit: what questions are about; if it is the slide, the sample of a slide is the slide itself, as if it were one
+            patch.
     """
 
     run_digest: str
@@ -378,7 +379,7 @@ class AuditScope:
     unit: Unit = "patch"
 
     def audit_identity(self) -> dict[str, Any]:
-        """Return all that the numbers depend on: the content of annotations and regions, not their paths."""
+        """Return everything the numbers depend on: the content of annotations and regions, not their paths."""
         settings = self.settings.to_json()
         del settings["annotations"], settings["regions"], settings["patches" if self.unit == "slide" else "slides"]
         if self.unit == "slide":  # as in audits of older versions else
@@ -399,7 +400,7 @@ class AuditScope:
         return hashlib.sha256(json.dumps(self.audit_identity(), sort_keys=True).encode()).hexdigest()
 
     def planned(self, run: RunPlan, target: Target) -> AuditPlan:
-        """Return the plan of this audit, with the run's as it is with the model, and its own target."""
+        """Return the plan of this audit, with the run's plan for this model, and its own target."""
         return AuditPlan(
             run=run, **{field.name: getattr(self, field.name) for field in fields(self)} | {"target": target}
         )
@@ -407,11 +408,11 @@ class AuditScope:
 
 @dataclass(frozen=True, kw_only=True)
 class AuditPlan(AuditScope):
-    """The plan of an audit; workers get it once.
+    """The plan of an audit; it is sent to workers once.
 
     Attributes:
-        run: the run that is audited. Its model runs eagerly in float32, whatever the run chose.
-        bag_methods: of a slide-level model, those whose relevance is audited, where they are not the run's.
+        run: the audited run. Its model runs eagerly in float32, whatever the run used.
+        bag_methods: for a slide-level model, those whose relevances are audited, if they are not the run's.
     """
 
     run: RunPlan
@@ -419,7 +420,7 @@ class AuditPlan(AuditScope):
 
     @property
     def methods(self) -> tuple[str, ...]:
-        """The methods whose maps are audited; of a slide-level model its bag methods, single patches and attention."""
+        """The methods whose maps are audited; for a slide-level model its bag methods, single patches and attention."""
         if self.unit == "patch":
             return self.run.settings.method
         bag = self.run.facts.bag
@@ -428,12 +429,12 @@ class AuditPlan(AuditScope):
 
 
 def deep_patches(patches: int) -> int:
-    """Return the number of patches that are measured in depth, of all; a few more may be."""
+    """Return the total number of patches measured in depth; a few more are possible."""
     return max(FEWEST_DEEP, patches // DEEP_SHARE)
 
 
 def patch_seeds(seed: int, slide: str, patches: Sequence[int]) -> list[int]:
-    """Return a seed for each patch, that nothing but the audit's seed, the slide's id and the patch's number decide."""
+    """Return a seed for each patch that depends only on the audit's seed, the slide's id and the patch's number."""
     texts = (f"{seed}/{slide}/{patch}" for patch in patches)
     return [int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()[:6]) for text in texts]
 

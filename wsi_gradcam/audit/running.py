@@ -153,7 +153,7 @@ def audit_run(
     other = None if against is None else open_audit(against)
     scope = _scope(run, settings, other)
     entries = allowed_slides([run.entries[name] for name in scope.samples], result, remote_slides)
-    # And again where OUT is claimed: before any worker starts, and any model is loaded.
+    # Checked again where OUT is claimed: before any worker starts and any model is loaded.
     plan_before(folder, scope.audit_identity(), overwrite)
     records: list[SlideRecord] = []
     session = RunSession(
@@ -189,7 +189,7 @@ def given_model(
 
 
 def allowed_slides(slides: list[SlideEntry], result: Result, remote_slides: bool) -> list[SlideEntry]:
-    """Return the slides; raises a SlideAccessError if one must not be opened, see `check_named`."""
+    """Return the slides; raises SlideAccessError if one must not be opened, see `check_named`."""
     for slide in slides:
         check_named(slide.path, result.out, remote_slides)
     return slides
@@ -209,7 +209,7 @@ def report_rows(records: Sequence[SlideRecord]) -> dict[str, dict[str, str]]:
 
 
 def _scope(run: ExplainedRun, settings: AuditSettings, other: OtherAudit | None) -> AuditScope:
-    """Return what to audit, with its sample; raises an error if the arguments do not allow that."""
+    """Return what to audit, with its sample; raises an error if the arguments do not allow it."""
     classes = run.result.record.model.classes
     target = audited_target(run.targets, classes, settings.target, settings.annotations is not None)
     if other is not None:
@@ -246,13 +246,13 @@ def drawn_digests(
             size, own = candidate.slide.size_px, candidate.entry.path
             annotated = annotated_slide(path, candidate.entry.id, include, size, own, ground)
             if annotated is not None:
-                annotated.regions.drawn(size)  # refuses now what no batch could use
+                annotated.regions.drawn(size)  # rejects now what no batch could use
                 found[candidate.entry.id] = annotated.regions.digest
     return found
 
 
 def _check_room(folder: AuditFolder, result: Result) -> None:
-    """Refuse an OUT/audit into which older versions have put slides' results.
+    """Refuse an OUT/audit in which older versions have stored slides' results.
 
     Raises:
         ResultError: there are some.
@@ -286,7 +286,7 @@ def plan_before(
         if not overwrite:
             raise
         before = None
-    anew = overwrite and not (CRASHES.causes or CRASHES.finished_before)  # not what this very command has done
+    anew = overwrite and not (CRASHES.causes or CRASHES.finished_before)  # not the work of this same command
     if before is not None and before.get("identity") == identity and not anew:
         return before, True
     if before is not None and not overwrite:
@@ -294,7 +294,7 @@ def plan_before(
         changed = [
             f"{key}: {short(there.get(key))} there, {short(value)} now"
             for key, value in identity.items()
-            if there.get(key) != value and key != "sample"  # it follows from the others, mostly
+            if there.get(key) != value and key != "sample"  # it mostly follows from the others
         ]
         which = ", ".join(changed) or "other patches"
         raise ResumeError(f"{folder.place}: holds {what} with other settings ({which}); --overwrite replaces it")
@@ -308,8 +308,8 @@ def write_plan(
     samples: Mapping[str, dict[str, Any]],
     old: Iterable[str],
 ) -> None:
-    """Write the plan of an audit, after deleting what an old one wrote about its slides; samples are plain values."""
-    # The plan first: what is half gone is no audit.
+    """Write the plan of an audit after deleting what an old one wrote about its slides; samples are plain values."""
+    # The plan first: an audit that is half deleted is not an audit.
     for place in (folder.plan, folder.listing, folder.metrics, folder.report):
         place.remove()
     for name in old:
@@ -325,7 +325,7 @@ def _settle(folder: AuditFolder, plan: AuditPlan, slides: Sequence[str], overwri
         slides: of the run; an older audit whose plan is damaged may have been about any of them.
 
     Raises:
-        ResumeError: the numbers there are of another audit.
+        ResumeError: the existing numbers belong to another audit.
     """
     before, same = plan_before(folder, plan.audit_identity(), overwrite)
     if not same:
@@ -372,5 +372,5 @@ def _finish(
     numbers = to_bytes(metrics)
     if folder.is_listed:
         write_listing(folder.place, {folder.metrics.name: numbers}, is_account)
-    folder.metrics.write(numbers)  # the last: where it is, all is
+    folder.metrics.write(numbers)  # the last: if it exists, everything does
     return metrics

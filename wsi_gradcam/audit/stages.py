@@ -1,8 +1,8 @@
 """Auditing slides: the stages, their order for a slide, and the workload that executors run.
 
-One stage measures batches of patches, or the bag of a slide-level model's slide. The other writes `spread.ome.zarr` of
-a slide: where overlapping patches disagree, as an image that lies over the slide's heatmap; the same tissue seen in
-another frame should be explained alike.
+One stage measures batches of patches, or a slide's bag for a slide-level model. The other writes a slide's
+`spread.ome.zarr`: an image, aligned with the slide's heatmap, of where overlapping patches disagree; the same tissue
+seen in a different frame should get the same explanation.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.run.context import Context
     from wsi_gradcam.run.plan import Map, RunPlan
 
-DRAWN_PX = 1 << 20  # of the level whose values the display window is taken from
+DRAWN_PX = 1 << 20  # of the level whose values determine the display window
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class AuditWorkload:
 
     Attributes:
         plan: the plan of the audit.
-        subject: the model under audit in this process.
+        subject: the audited model in this process.
     """
 
     name: ClassVar[str] = AUDIT
@@ -87,7 +87,7 @@ class AuditWorkload:
 
 
 def measure_batch(context: Context[AuditWorkload], entry: SlideEntry, number: int) -> Processed:
-    """Measure a batch of a slide's sample and store the measurements, unless that was done."""
+    """Measure a batch of a slide's sample and store the measurements, unless that has been done."""
     plan = context.workload.plan
     part = plan.samples[entry.id].batch(number)
     place = AuditFolder(plan.run.out / AUDIT).batch(entry.id, plan.audit_digest(), number)
@@ -151,7 +151,7 @@ def measure_bag(plan: AuditPlan, bag: SlideBag, weight: float = 1.0) -> Arrays:
 
 
 def write_slide_spread(context: Context[AuditWorkload], entry: SlideEntry) -> None:
-    """Store where overlapping patches of a slide disagree, unless that was done."""
+    """Store where overlapping patches of a slide disagree, unless that has been done."""
     plan = context.workload.plan
     folder = AuditFolder(plan.run.out / AUDIT)
     if (folder.read_spread(entry.id) or {}).get("audit") != plan.audit_digest():
@@ -162,7 +162,7 @@ def write_slide_spread(context: Context[AuditWorkload], entry: SlideEntry) -> No
 
 
 def measure_patches(plan: AuditPlan, subject: Subject, data: PatchData, slide_id: str, number: int) -> Arrays:
-    """Return the measurements of batch `number` of a slide, by name; NaN for a patch that cannot be read any more."""
+    """Return the measurements of batch `number` of a slide, by name; NaN for a patch that can no longer be read."""
     from wsi_gradcam.cam.trunks import exact  # torch, which a client need not have
 
     with exact(subject.device):
@@ -185,10 +185,10 @@ def _measure(plan: AuditPlan, subject: Subject, data: PatchData, slide_id: str, 
 
 
 def drawn_arrays(data: PatchData) -> Arrays:
-    """Return what is drawn on patches and on the slide, with the slide, small; of a slide's first batch alone.
+    """Return what is drawn on patches and on the slide, with a small picture of it; only for a slide's first batch.
 
-    Bits [N, side, side] and the names of the bits, as of `drawn_labels`; in audits of older versions, which have no
-    names, 1 is annotated and 2 a region.
+    Bits [N, side, side] and the names of the bits, see `drawn_labels`; in audits by older versions, which have no
+    names, 1 is annotated and 2 is a region.
     """
     found: Arrays = {}
     if data.classes or data.regions:
@@ -202,7 +202,7 @@ def drawn_arrays(data: PatchData) -> Arrays:
 
 
 def _trimmed(key: str, values: NDArray[Any], data: PatchData) -> NDArray[Any]:
-    """Return an array without what fills the batch up, and NaN for patches that could not be read."""
+    """Return an array without the padding of the batch, and with NaN for patches that could not be read."""
     if key.startswith(SLIDE):
         return values
     found = values[: data.count].copy()
@@ -216,15 +216,15 @@ SPREAD = Stage("spread", write_slide_spread)
 
 
 def has_overlap(audit: AuditPlan) -> bool:
-    """Return whether patches of the run overlap: only then can they disagree."""
+    """Return whether patches of the run overlap; only then can they disagree."""
     stride = audit.run.settings.stride(audit.run.patch_px)
     return stride[0] < audit.run.patch_px[0] or stride[1] < audit.run.patch_px[1]
 
 
 def write_spread(folder: AuditFolder, audit: AuditPlan, slide_id: str, plan: SlidePlan, store: PatchStore) -> None:
-    """Write the spread of the first method's maps, a channel a target, block by block; and its means.
+    """Write the spread of the first method's maps, a channel per target, block by block, and its means.
 
-    A pixel that one patch alone sees is 0 and not marked as explained: nothing is known of it.
+    A pixel seen by only one patch is 0 and not marked as explained: nothing is known about it.
     """
     maps = [
         (number, shown) for number, shown in enumerate(audit.run.maps) if shown.method == audit.run.settings.method[0]
@@ -264,7 +264,7 @@ def _write_block(
     maps: list[tuple[int, Map]],
     block: Region,
 ) -> NDArray[np.float64]:
-    """Write a block; returns by map the sums of the spread, of the mean's size, and the number of pixels."""
+    """Write a block; returns by map the sums of the spread and of the mean's magnitude, and the number of pixels."""
     seen = store.yx() + np.array(plan.view[:2])
     inside = touching(seen, plan.view[2:], plan.stride, block)
     inside = inside[store.status()[inside] == OK]
@@ -284,7 +284,7 @@ def _write_block(
 
 
 def _cams(store: PatchStore, indices: NDArray[np.int64], number: int) -> NDArray[np.float32]:
-    """Return one of the maps of some patches, which lie near each other in the store."""
+    """Return one of the maps of some patches that are close together in the store."""
     if not len(indices):
         return store.cams(0, 0, number)
     first, last = int(indices[0]), int(indices[-1]) + 1
@@ -315,7 +315,7 @@ def _coarsen_block(image: HeatmapStore, level: int, block: Region, channels: int
 
 
 def _set_windows(image: HeatmapStore) -> None:
-    """Set colours from 0 to nearly the largest spread of the slide."""
+    """Set the colour range from 0 to nearly the largest spread of the slide."""
     level = next((i for i, (h, w) in enumerate(image.shapes) if h * w <= DRAWN_PX), len(image.shapes) - 1)
     whole = Region(0, 0, *image.shapes[level])
     known = (image.read_flags(level, whole) & EXPLAINED) > 0
@@ -337,12 +337,12 @@ def spread(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.bool_]]:
     """Return (mean, spread, seen by several) of the patches in a block of the heatmap, each [height, width].
 
-    The mean is the heatmap itself. The spread is the standard deviation round it with the same blending weights w,
-    sqrt(sum w (v - mean)² / sum w), in the map's unit. A pixel that one patch alone sees has spread 0 and is not seen
-    by several: nothing is known of it. Two passes, since sum v² - mean² would be rounding where patches agree.
+    The mean is the heatmap itself. The spread is the standard deviation around it with the same blending weights w,
+    sqrt(sum w (v - mean)² / sum w), in the map's unit. A pixel seen by only one patch has spread 0 and is not seen by
+    several: nothing is known about it. Two passes, since sum v² - mean² would be rounding error where patches agree.
 
     Args:
-        yx: int64 [n, 2] in level-0 px of the patches that meet the block, in their order.
+        yx: int64 [n, 2] in level-0 px of the patches that intersect the block, in their order.
         cams: float32 [n, h, w].
     """
     blender = Blender(enlarger, block)

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
 
 
-# Okabe and Ito: apart for colour-blind eyes, too; controls are gray, and told apart by their dashes.
+# Okabe and Ito: distinct for colour-blind readers too; controls are grey, and distinguished by their dashes.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 CONTROL = "#5f6873"
 DASHES: Mapping[str, tuple[float, ...]] = {
@@ -59,9 +59,9 @@ class Svg:
     """A drawing for the middle of a page.
 
     Attributes:
-        view_box: what the attribute `viewBox` holds.
-        content: markup inside the `svg` element; its ids are the drawing's own.
-        description: for those who do not see it.
+        view_box: the value of the attribute `viewBox`.
+        content: markup inside the `svg` element; its ids occur in no other drawing.
+        description: for readers who cannot see it.
     """
 
     view_box: str
@@ -75,7 +75,7 @@ def drawn(figure: FigureRows) -> Svg:
 
 
 def curves_figure(figure: CurvesFigure, size: tuple[float, float] = PANEL) -> Svg:
-    """Return curves side by side, a panel each with its title; methods in colour, controls gray."""
+    """Return curves side by side, each in a panel with its title; methods in colour, controls in grey."""
 
     def draw(axes: Sequence[Axes]) -> None:
         for axis, (title, curves) in zip(axes, figure.panels, strict=True):
@@ -135,7 +135,7 @@ def _numbers(values: Sequence[float | None]) -> NDArray[np.float64]:
 
 
 def _drawn(panels: int, draw: Callable[[Sequence[Axes]], None], description: str, size: tuple[float, float]) -> Svg:
-    """Return panels side by side; `size` in inches of all of them together."""
+    """Return panels side by side; `size` in inches is for all of them together."""
     with mpl.rc_context(
         {"svg.hashsalt": description, "svg.fonttype": "path", "axes.spines.top": False, "axes.spines.right": False}
     ):
@@ -152,7 +152,7 @@ def _drawn(panels: int, draw: Callable[[Sequence[Axes]], None], description: str
 
 
 def _parsed(svg: str, description: str) -> Svg:
-    """Return an SVG file without its header and metadata, and with ids that no other figure of the page has."""
+    """Return an SVG file without its header and metadata, with ids that no other figure of the page has."""
     parts = re.search(r'<svg[^>]*? viewBox="([^"]*)"[^>]*>(.*)</svg>', svg, flags=re.DOTALL)
     assert parts is not None
     view_box, content = parts.groups()
@@ -161,7 +161,7 @@ def _parsed(svg: str, description: str) -> Svg:
     return Svg(view_box, re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{own}-", content), description)
 
 
-FOR_AND_AGAINST = colormaps["RdBu_r"]  # red speaks for the class, blue against it; apart for colour-blind eyes
+FOR_AND_AGAINST = colormaps["RdBu_r"]  # red counts for the class, blue against it; distinct for colour-blind readers
 OPACITY = 0.65
 QUANTILE = 0.99
 SHOWN = 4  # example patches of a slide
@@ -170,7 +170,7 @@ COMPARED = (RANDOM, EDGES)  # controls whose curves stand beside the map's
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG file, its size in pixels, and a description for those who do not see it."""
+    """A PNG file, its size in pixels, and a description for readers who cannot see it."""
 
     png: bytes
     width: int
@@ -185,11 +185,11 @@ class Example:
     Attributes:
         title: which patch it is.
         rgb: uint8 [h, w, 3].
-        map: float32 [h, w] of the first method, as heatmaps show it.
-        leaky: the same with gradients that leak through inactive ReLUs; None where it is not known.
+        map: float32 [h, w] of the first method, as shown in heatmaps.
+        leaky: the same with gradients that leak through inactive ReLUs; None if unknown.
         curves: of deletion and insertion, by the map's name: (deletion [Q], insertion [Q]).
-        drawn: what is drawn on it, [side, side], see `audit.archive.drawn_labels`; None for nothing.
-        names: of the classes and regions that its bits stand for.
+        drawn: what is drawn on it, [side, side], see `audit.archive.drawn_labels`; None if nothing is.
+        names: of the classes and regions represented by its bits.
     """
 
     title: str
@@ -202,11 +202,11 @@ class Example:
 
     @property
     def outlined(self) -> list[str]:
-        """The classes and regions that it shows a part of."""
+        """The classes and regions of which it shows a part."""
         return shown_names(self.drawn, self.names)
 
     def pictures(self, scale: float, colours: Mapping[str, str]) -> list[Picture]:
-        """Return the patch, its map, and where there is one the map with leaky gradients; `scale` as for `coloured`.
+        """Return the patch, its map, and the map with leaky gradients if there is one; `scale` as for `coloured`.
 
         What is drawn on the patch is outlined in all of them, in `colours` by name.
         """
@@ -220,7 +220,7 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class DrawnSlide:
-    """A slide, small, with what is drawn on it: bits [h, w] and their names, as of `Example`."""
+    """A small picture of a slide with what is drawn on it: bits [h, w] and their names, as in `Example`."""
 
     slide: str
     rgb: NDArray[np.uint8]
@@ -229,7 +229,7 @@ class DrawnSlide:
 
     @classmethod
     def of(cls, arrays: Arrays, slide: str) -> DrawnSlide | None:
-        """Return it from a slide's first batch; None where nothing is drawn."""
+        """Return it from a slide's first batch; None if nothing is drawn."""
         bits = arrays.get("shown/slide_drawn")
         if bits is None or not bits.any():
             return None
@@ -249,9 +249,9 @@ class DrawnSlide:
 def examples_of(
     arrays: Arrays, slide: str, method: str, factor: int, classes: Sequence[str], wanted: int = SHOWN
 ) -> list[Example]:
-    """Return example patches of a slide's first batch: those of the highest and the lowest score, and between.
+    """Return example patches of a slide's first batch: those with the highest and lowest scores, and some in between.
 
-    `factor` is from raw maps to what heatmaps show.
+    `factor` converts raw maps to what heatmaps show.
     """
     patches = record_from(Patches, arrays)
     assert patches is not None
@@ -285,19 +285,19 @@ def _title(patches: Patches, slide: str, classes: Sequence[str], i: int) -> str:
 
 
 def scale_of(maps: NDArray[np.float32]) -> float:
-    """Return the value that is shown in full colour, one for all patches: else healthy tissue would look hot."""
+    """Return the value shown in full colour, one for all patches: otherwise healthy tissue would look hot."""
     finite = np.abs(maps[np.isfinite(maps)])
     top = float(np.quantile(finite, QUANTILE)) if len(finite) else 0.0
     return top if top > 0 else 1.0
 
 
 def overlay(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float, description: str) -> Picture:
-    """Return a map over the gray patch, see `coloured`, as a PNG."""
+    """Return a map over the grey patch as a PNG; see `coloured`."""
     return picture(coloured(rgb, map_, scale), description)
 
 
 def coloured(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float) -> NDArray[np.uint8]:
-    """Return a map [h, w] in colour over the gray patch; what is near 0 stays gray, `scale` has full colour."""
+    """Return a map [h, w] in colour over the grey patch; values near 0 stay grey, `scale` has full colour."""
     height, width = rgb.shape[:2]
     large = np.asarray(
         Image.fromarray(np.nan_to_num(map_).astype(np.float32)).resize((width, height), Image.Resampling.BILINEAR)
@@ -309,21 +309,21 @@ def coloured(rgb: NDArray[np.uint8], map_: NDArray[np.float32], scale: float) ->
     return np.asarray((gray * (1 - opacity) + colour * opacity).round(), np.uint8)
 
 
-OLD_NAMES = ("annotated", f"{REGION}given")  # of results of older versions, which did not tell classes apart
+OLD_NAMES = ("annotated", f"{REGION}given")  # in results of older versions, which did not distinguish classes
 
 
 def drawn_names(stored: NDArray[np.str_] | None) -> tuple[str, ...]:
-    """Return the names of the bits of what is drawn, see `audit.archive.drawn_labels`."""
+    """Return the names of the bits of what is drawn; see `audit.archive.drawn_labels`."""
     return OLD_NAMES if stored is None else tuple(json.loads(str(stored[0])))
 
 
 def shown_names(bits: NDArray[np.unsignedinteger] | None, names: Sequence[str]) -> list[str]:
-    """Return the names of which a picture has a part."""
+    """Return the names of which a picture shows a part."""
     return [] if bits is None else [name for bit, name in enumerate(names) if ((bits >> bit) & 1).any()]
 
 
 def outline_colours(names: Iterable[str]) -> dict[str, str]:
-    """Return a colour, such as "#ffffff", for each of some names, in the order of the viewer's."""
+    """Return a colour, such as "#ffffff", for each name, in the order of the viewer's colours."""
     known = dict.fromkeys(names)
     return {name: f"#{OUTLINE_COLOURS[number % len(OUTLINE_COLOURS)]}" for number, name in enumerate(known)}
 
@@ -331,7 +331,7 @@ def outline_colours(names: Iterable[str]) -> dict[str, str]:
 def outlined(
     rgb: NDArray[np.uint8], bits: NDArray[np.unsignedinteger] | None, colours: Sequence[str]
 ) -> NDArray[np.uint8]:
-    """Return a picture with lines round the areas of each bit: one in its colour outside, a dark one inside of it."""
+    """Return a picture with lines around the areas of each bit: one in its colour outside, and a dark one inside it."""
     if bits is None:
         return rgb
     found, rows, columns = (
@@ -349,14 +349,14 @@ def outlined(
 
 
 def colour_scale(scale: float, unit: str) -> Picture:
-    """Return the overlays' colours from -`scale` to `scale`, left to right."""
+    """Return the colours of overlays from -`scale` to `scale`, left to right."""
     ramp = FOR_AND_AGAINST(np.linspace(0, 1, 256), bytes=True)[None, :, :3].repeat(10, axis=0)
     description = f"colours from {-scale:.3g} (blue) over 0 (gray) to {scale:.3g} (red), {unit}"
     return picture(np.ascontiguousarray(ramp), description)
 
 
 def smaller(place: StoragePath, description: str, most_px: int) -> Picture:
-    """Return the picture in a file of results, no wider than `most_px`; errors as of `opened_picture`."""
+    """Return the picture in a file of results, at most `most_px` wide; errors as in `opened_picture`."""
     with opened_picture(place) as image:
         image.thumbnail((most_px, image.height), Image.Resampling.LANCZOS)
         return picture(np.asarray(image.convert("RGB")), description)

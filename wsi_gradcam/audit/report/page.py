@@ -1,4 +1,4 @@
-"""The pages of an audit, of the archive and of each slide: their numbers in words, and the values of their template."""
+"""The pages of an audit, for the archive and each slide: their numbers in words, and the values for their template."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ UNITS = {
     "drop": "in logits lost when the place is covered",
     "arbitrary": "in the method's own unit",
 }
-BARE = ("0 to 1", "-1 to 1", "ratio", "relative")  # units that say nothing behind a number
+BARE = ("0 to 1", "-1 to 1", "ratio", "relative")  # units that mean nothing after a number
 
 Cells = tuple[object, ...]
 
@@ -85,7 +85,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class ExampleCard:
-    """An example patch: its pictures, of which the last is of leaky gradients if `leaky`, and its curves."""
+    """An example patch: its pictures, the last with leaky gradients if `leaky`, and its curves."""
 
     title: str
     pictures: Sequence[Picture]
@@ -95,7 +95,7 @@ class ExampleCard:
 
 @dataclass(frozen=True)
 class VerdictCard:
-    """A verdict and, in words, the numbers that it rests on."""
+    """A verdict, and the numbers it rests on in words."""
 
     row: VerdictRow
     evidence: Sequence[str]
@@ -103,7 +103,7 @@ class VerdictCard:
 
 @dataclass(frozen=True)
 class SquareCell:
-    """A cell of the square of faithful and plausible, with the methods that belong there."""
+    """A cell of the faithful/plausible square, with the methods that belong in it."""
 
     faithful: bool
     plausible: bool
@@ -113,7 +113,7 @@ class SquareCell:
 
 @dataclass(frozen=True)
 class QuestionPart:
-    """A question of the audit with its figures and tables; without any row it was not tested."""
+    """A question of the audit with its figures and tables; if it has no rows, it was not tested."""
 
     name: str
     words: Words
@@ -135,9 +135,9 @@ def archive_page(
 
     Args:
         slides: those that have pages of their own.
-        scale: the maps' value in full colour.
+        scale: the map value shown in full colour.
         path_of: returns the path of a slide's folder from the page.
-        looks_at: the findings of the run's evidence in words; nothing if there is none.
+        looks_at: the findings of the run's evidence in words; empty if there is no evidence.
     """
     title = f"Can these explanations be believed? {metrics.run.model}"
     urls = {name: f"{path_of(name)}/{REPORT}" for name in slides}
@@ -214,7 +214,7 @@ def _verdicts(metrics: Metrics) -> Mapping[str, Sequence[VerdictCard]]:
 
 
 def _evidence(metrics: Metrics, verdict: VerdictRow) -> list[str]:
-    """Return the comparisons that a verdict rests on, or else the estimates, and its p, in words."""
+    """Return the comparisons that a verdict rests on, or otherwise the estimates, and its p, in words."""
     measures = {measure.name: measure for measure in question_named(verdict.question, metrics.run.unit).measures}
     units = "patches" if metrics.run.unit == "patch" else "slides"
     found = [
@@ -245,7 +245,7 @@ def _backs(row: EstimateRow | ComparisonRow, verdict: VerdictRow) -> bool:
 
 
 def square(quadrants: Sequence[QuadrantRow]) -> list[SquareCell]:
-    """Return the cells of the square, row by row, with the methods where they belong."""
+    """Return the cells of the square, row by row, with the methods that belong in each."""
     places = defaultdict(list)
     for row in quadrants:
         places[row.faithful, row.plausible].append(method_title(row.method))
@@ -257,7 +257,7 @@ def square(quadrants: Sequence[QuadrantRow]) -> list[SquareCell]:
 
 
 def undecided(quadrants: Sequence[QuadrantRow], units: str = "patches") -> list[str]:
-    """Return the methods that have no place in the square."""
+    """Return the methods that belong nowhere in the square."""
     return [
         f"{method_title(q.method)} on {q.patches} {units}" for q in quadrants if "unclear" in (q.faithful, q.plausible)
     ]
@@ -269,7 +269,7 @@ def _card(example: Example, scale: float, colours: Mapping[str, str]) -> Example
 
 
 def _seen(colours: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
-    """Return the colours of names, each once, in the order of all."""
+    """Return the colours of names, each once, in the order of all colours."""
     seen = set(names)
     return {name: colour for name, colour in colours.items() if name in seen}
 
@@ -334,7 +334,7 @@ def p_text(p: float) -> str:
 
 
 def value(row: EstimateRow) -> str:
-    """Return an estimate with its interval, in text."""
+    """Return an estimate with its interval as text."""
     if row.value is None:
         return "no value"
     show = _percent if row.unit == "share" else number
@@ -343,7 +343,7 @@ def value(row: EstimateRow) -> str:
 
 
 def difference(row: ComparisonRow, units: str = "patches") -> str:
-    """Return a difference with its interval and unit, in text."""
+    """Return a difference with its interval and unit as text."""
     if row.difference is None:
         return "no value"
     if row.unit == "share":
@@ -354,7 +354,7 @@ def difference(row: ComparisonRow, units: str = "patches") -> str:
 
 
 def number(found: float | None) -> str:
-    """Return a number with three digits; a dash for none."""
+    """Return a number with three digits; a dash if there is none."""
     return "–" if found is None else _minus(f"{found:.3g}")
 
 
@@ -363,12 +363,12 @@ def _percent(found: float | None) -> str:
 
 
 def _minus(number: str) -> str:
-    """Return a number with a minus sign, and none before zero."""
+    """Return a number with a proper minus sign, and none before zero."""
     return number.lstrip("-") if float(number) == 0 else number.replace("-", "−")
 
 
 def _signed(number: str) -> str:
-    """Return a number, with a plus where it is positive, as `_minus` does."""
+    """Return a number as `_minus` does, with a plus if it is positive."""
     return "0" if float(number) == 0 else _minus(number)
 
 
@@ -399,7 +399,7 @@ def write_reports(
 
 
 def evidence_words(out: StoragePath, run_digest: str) -> list[str]:
-    """Return the findings of a run's evidence in words; none if there is none, or it is of other results.
+    """Return the findings of a run's evidence in words; none if there is no evidence, or it belongs to other results.
 
     Raises:
         StoreError: it is damaged.
@@ -421,7 +421,7 @@ def evidence_words(out: StoragePath, run_digest: str) -> list[str]:
 def _write_slide_reports(
     folder: AuditFolder, plan: AuditPlan, data: Measurements, metrics: Metrics, archive: ArchiveFacts
 ) -> None:
-    """Write the same of a slide-level model, whose slides are what was measured."""
+    """Write the same for a slide-level model, where slides were measured."""
     slides, alone = list(dict.fromkeys(data.slides.tolist())), replace(archive, not_audited=())
     for slide in slides:
         own = metrics_of(data.of_slide(slide), plan, alone, slide)
@@ -430,7 +430,7 @@ def _write_slide_reports(
 
 
 def _overview(plan: AuditPlan, slide: str) -> Picture | None:
-    """Return the slide beside its heatmaps, as the run has drawn it; None where it has not."""
+    """Return the slide beside its heatmaps, as drawn by the run; None if the run drew none."""
     try:
         return smaller(
             RunFolder(plan.run.out).slide(slide).overview, f"{slide}: the slide and its heatmaps", OVERVIEW_PX
