@@ -1,13 +1,13 @@
-"""The viewer: a web server of a run's results and slides, and the page (in `page/`) that shows them in a browser.
+"""The viewer: a web server for a run's results and slides, and the page (in `page/`) that shows them in a browser.
 
 `app.view` starts it. Requests pass its checks, reach the handlers in `app`, and are answered by `queries` (JSON),
-`images` (tiles) or `files`. This room reads results, slides and audits, and writes nothing but marks, through
-`results.marks`; it knows nothing of how runs are made.
+`images` (tiles) or `files`. This package reads results, slides and audits, and writes only marks and names of clusters;
+it knows nothing about how runs are made.
 
-Here stands the reader for napari (npe2): a slide's folder of a result opens as slide, channels and coverage, aligned.
-In napari a pixel is centred on its coordinate: the centre of a heatmap's pixel, which is s times as large as one of
-the slide, is (s - 1) / 2 of the slide's pixels further. Levels that are a pixel short of an exact factor are padded,
-since napari takes the ratio of the shapes as the factor.
+The reader for napari (npe2) is here: a slide's folder in a result opens as slide, channels and coverage, aligned. In
+napari a pixel is centred on its coordinate: the centre of a heatmap pixel, which is s times as large as a slide pixel,
+is therefore offset by (s - 1) / 2 slide pixels. Levels that are one pixel short of an exact factor are padded, since
+napari uses the ratio of the shapes as the factor.
 """
 
 import math
@@ -25,7 +25,7 @@ from wsi_gradcam.results.slide import SlideResult
 LayerData = tuple[Any, dict[str, Any], str]
 OPACITY = 0.6
 COLORMAP = "inferno"
-MAX_MULTIPLE = 1024  # px; slides whose downsamples have a larger common multiple are not padded
+MAX_MULTIPLE = 1024  # px; slides whose downsamples have a larger common multiple are not padded.
 
 
 def get_reader(path: str | Sequence[str]) -> Callable[[Any], list[LayerData]] | None:
@@ -56,8 +56,8 @@ def read(path: str) -> list[LayerData]:
 
 
 def _layers_of(result: Result, slide: SlideResult) -> list[LayerData]:
-    """Return the slide if it can be read, a layer for each channel, of which the first is visible, and the coverage."""
-    from wsi_gradcam.results.lazy import lazy_flags, lazy_levels, padded  # not above: dask and xarray
+    """Return the slide if it can be read, a layer for each channel with only the first visible, and the coverage."""
+    from wsi_gradcam.results.lazy import lazy_flags, lazy_levels, padded  # not at the top: dask and xarray
 
     step = slide.stride_px
     place = {
@@ -86,7 +86,7 @@ def _layers_of(result: Result, slide: SlideResult) -> list[LayerData]:
 
 
 def _slide_layer(slide: SlideResult) -> list[LayerData]:
-    """Return the slide itself; nothing if it is gone: the heatmap is worth showing alone."""
+    """Return the slide itself; nothing if it is gone: the heatmap is worth showing on its own."""
     from wsi_gradcam.results.lazy import lazy_slide, padded
 
     try:

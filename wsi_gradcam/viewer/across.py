@@ -1,7 +1,7 @@
-"""Patches across the archive: the highest, and those in the clusters of its evidence, which this describes too.
+"""Patches across the archive: the highest, and those in the clusters of its evidence, which are described here too.
 
 Everything is read from OUT/evidence and checked as if a stranger had written it. The patches of the sample are
-collected slide by slide in the background, as the highest patches are.
+collected slide by slide in the background, like the highest patches.
 """
 
 from __future__ import annotations
@@ -46,17 +46,17 @@ REPORT = f"{EVIDENCE}/report.html"
 REFRESH_S = 5.0
 MAX_BYTES = 64 << 20  # of evidence.json
 EXAMPLES = 4
-PART = 0.1  # of what clusters contribute to a patch, from which it is shown as one of a cluster
+PART = 0.1  # of what clusters contribute to a patch; from this share on it is shown as belonging to a cluster
 AGAIN = "run `wsi-gradcam evidence` again"
 
 
 @dataclass(frozen=True, eq=False)
 class Read:
-    """The evidence of the run as it was last read.
+    """The evidence of the run as last read.
 
     Attributes:
-        state: tells it from other evidence; "" where there is none.
-        evidence: what was found; None where there is none, or with a `problem`.
+        state: distinguishes it from other evidence; "" if there is none.
+        evidence: what was found; None if there is none, or if there is a `problem`.
         problem: why it cannot be shown.
     """
 
@@ -66,7 +66,7 @@ class Read:
 
     @property
     def clusters(self) -> list[KindRow]:
-        """Return the clusters; none where there is no evidence worth sorting."""
+        """Return the clusters; none if there is no evidence worth sorting."""
         return [] if self.evidence is None else self.evidence.kinds
 
 
@@ -76,7 +76,7 @@ class Sampled:
 
     Attributes:
         numbers: in the slide's table, int64 [n].
-        sums: what each cluster contributes in each patch, with its sign, float64 [n, k].
+        sums: the signed contribution of each cluster in each patch, float64 [n, k].
         patches: their rows.
         state: of the evidence.
     """
@@ -87,7 +87,7 @@ class Sampled:
     state: str
 
     def shares(self) -> NDArray[np.float64]:
-        """Return the share of each cluster in all that clusters contribute to each patch, [n, k], signs apart."""
+        """Return the share of each cluster in the absolute contributions of all clusters to each patch, [n, k]."""
         sizes = np.abs(self.sums)
         whole = sizes.sum(axis=1, keepdims=True)
         shares: NDArray[np.float64] = np.divide(sizes, whole, out=np.zeros_like(sizes), where=whole > 0)
@@ -104,7 +104,7 @@ class EvidenceIndex:
         self._sampled: dict[tuple[str, str], Sampled] = {}
 
     def read(self) -> Read:
-        """Return the evidence as it is on the disk, looked for again every few seconds."""
+        """Return the evidence as it is on disk, checked again every few seconds."""
         with self._lock:
             if time.monotonic() - self._read_at >= REFRESH_S:
                 self._read_at = time.monotonic()
@@ -132,7 +132,7 @@ class EvidenceIndex:
         return Read(state, found)
 
     def _named(self, found: Evidence) -> Evidence:
-        """Return evidence with the names that stand in names.yaml by now, also in the words of its findings."""
+        """Return evidence with the names now in names.yaml, also in the words of its findings."""
         names = self.names()
         kinds = [kind.model_copy(update={"name": names.get(kind.number, "")}) for kind in found.kinds]
         if kinds == found.kinds:
@@ -140,7 +140,7 @@ class EvidenceIndex:
         return found.model_copy(update={"kinds": kinds, "findings": in_words(kinds, found.target, found.level)})
 
     def names(self) -> dict[int, str]:
-        """Return the names of clusters, by number; those of evidence.json where names.yaml cannot be read."""
+        """Return the names of clusters, by number; those of evidence.json if names.yaml cannot be read."""
         try:
             check_inside(self._archive.out, self._folder.names)
             return self._unnamed() | read_names(self._folder.names)
@@ -148,23 +148,23 @@ class EvidenceIndex:
             return {kind.number: kind.name for kind in self.read().clusters if kind.name}
 
     def _unnamed(self) -> dict[int, str]:
-        """Return what clusters are called that nobody has named: those of bare glass."""
+        """Return the names of clusters that nobody has named: those of bare glass."""
         return {kind.number: kind.name for kind in self.read().clusters if kind.name == BARE_GLASS}
 
     @property
     def can_name(self) -> bool:
-        """Whether names can be written, as far as can be known before."""
+        """Whether names can be written, as far as can be known in advance."""
         folder = self._folder.place
         return not self._read_only and (not isinstance(folder, LocalPath) or os.access(folder.path, os.W_OK))
 
     def rename(self, given: dict[str, Any]) -> dict[str, Any]:
-        """Give a cluster a name, "" for none, in names.yaml; return what it is called by now.
+        """Give a cluster a name in names.yaml, "" for none; return its name afterwards.
 
-        `given` has the `cluster`, the `name`, the name that it `was` called, and the `state` of the evidence: neither
-        a name that somebody else has given meanwhile is lost, nor is another cluster named by an old number.
+        `given` has the `cluster`, the `name`, the name it had before (`was`), and the `state` of the evidence, so that
+        a name given by somebody else in the meantime is not lost, and an old number does not name another cluster.
 
         Raises:
-            MarkError: it is none of these, or no longer so.
+            MarkError: these are not valid, or no longer.
             ConfigError, StoreError, OutsideError: names.yaml cannot be read or written.
         """
         number, name, was = given.get("cluster"), given.get("name"), given.get("was")
@@ -183,24 +183,24 @@ class EvidenceIndex:
         return EvidenceFolder(self._archive.out / EVIDENCE)
 
     def collect(self, slide: ServedSlide) -> None:
-        """Keep the patches of a slide that are in the sample, unless they are known."""
+        """Store the patches of a slide that are in the sample, unless they are already known."""
         read, key = self.read(), (slide.key, slide.version)
         known = self._sampled.get(key)
         if not read.clusters or (known is not None and known.state == read.state) or status_of(slide) != "ok":
             return
         try:
             numbers, sums = self._contributions(slide, len(read.clusters))
-        except (FileNotFoundError, StoreError, OutsideError):  # none was drawn; of damage `validate` speaks
+        except (FileNotFoundError, StoreError, OutsideError):  # none were drawn; damage is reported by `validate`
             numbers, sums = np.zeros(0, np.int64), np.zeros((0, len(read.clusters)))
         self._sampled[key] = Sampled(numbers, sums, _rows_of(slide, numbers), read.state)
 
     def _contributions(self, slide: ServedSlide, clusters: int) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Return a slide's patches of the sample [n], and what each cluster contributes in them [n, k].
+        """Return a slide's patches in the sample [n], and the contribution of each cluster in them [n, k].
 
-        Of all cells of each patch, or of those that were drawn where the tables of patches were left out.
+        From all cells of each patch, or from the drawn ones if the tables of patches were left out.
 
         Raises:
-            FileNotFoundError: there is no table of either.
+            FileNotFoundError: neither table exists.
             StoreError, OutsideError: it cannot be read.
         """
         slide_id, patches = slide.result.id, slide.result.plan.patches
@@ -245,7 +245,7 @@ class EvidenceIndex:
         }
 
     def _collected(self) -> Iterator[tuple[ServedSlide, Sampled]]:
-        """Yield the slides that are collected by now."""
+        """Yield the slides collected so far."""
         state = self.read().state
         for slide in self._archive.slides():
             known = self._sampled.get((slide.key, slide.version))
@@ -265,7 +265,7 @@ class EvidenceIndex:
         return {"patches": ranked, "found": found}
 
     def _ranked(self, number: int, site: str, count: int, a_slide: int = MAX_TOP) -> tuple[list[dict[str, Any]], int]:
-        """Return the patches to which a cluster contributes most, at most so many of each slide; and of how many."""
+        """Return the patches to which a cluster contributes most, with a limit per slide, and how many there are."""
         ranked: list[tuple[float, int, Sampled, ServedSlide]] = []
         found = 0
         for slide, sampled in self._collected():
@@ -283,12 +283,12 @@ class EvidenceIndex:
         return patches, found
 
     def _examples(self, number: int) -> list[dict[str, Any]]:
-        """Return a few patches of a cluster, of different slides where there are so many."""
+        """Return a few patches of a cluster, from different slides if there are enough."""
         apart, _ = self._ranked(number, "", EXAMPLES, a_slide=1)
         return apart if len(apart) == EXAMPLES else self._ranked(number, "", EXAMPLES)[0]
 
     def highest(self, slide: ServedSlide, number: int, column: str) -> list[tuple[float, int, frozenset[str]]]:
-        """Return value, number and flags of the patches of a slide's sample with a `PART` of a cluster."""
+        """Return value, number and flags of the patches in a slide's sample that have a `PART` of a cluster."""
         sampled = self._sampled.get((slide.key, slide.version))
         if sampled is None or sampled.state != self.read().state or not 0 < number <= sampled.sums.shape[1]:
             return []
@@ -301,7 +301,7 @@ class EvidenceIndex:
         ]
 
     def of_patch(self, slide: ServedSlide, number: int) -> list[dict[str, Any]] | None:
-        """Return what clusters contribute in a patch, the largest first; None where it is not in the sample."""
+        """Return what clusters contribute in a patch, the largest first; None if it is not in the sample."""
         if not self.read().clusters:
             return None
         self.collect(slide)
@@ -320,7 +320,7 @@ class EvidenceIndex:
 
 
 def site_of(slide: ServedSlide) -> str:
-    """Return the site of a slide, as the list of slides names it; "" where it does not."""
+    """Return the site of a slide as given in the list of slides; "" if it is not given."""
     return valid_text(slide.result.row.get("site", ""))
 
 
@@ -354,8 +354,8 @@ def _rows_of(slide: ServedSlide, numbers: NDArray[np.int64]) -> PatchTable:
     return PatchTable(table, result.plan.footprint)
 
 
-BEST = 12  # patches of a slide, of each class, among which those of the archive are chosen
-FLAGS = {"pen": 0.05, "glass": 0.05, "blur": 0.4}  # measures of quality and what is notable, as the panel of a patch
+BEST = 12  # patches per slide and class, from which those of the archive are chosen
+FLAGS = {"pen": 0.05, "glass": 0.05, "blur": 0.4}  # notable qualities, as in a patch's panel
 
 
 class ArchiveTop:
@@ -366,7 +366,7 @@ class ArchiveTop:
         self._best: dict[tuple[str, str], dict[str, list[tuple[float, int, frozenset[str]]]]] = {}
 
     def collect(self, slide: ServedSlide) -> None:
-        """Keep the highest patches of a slide, for each class; of overlapping ones only the highest."""
+        """Store the highest patches of a slide for each class; of overlapping ones only the highest."""
         result = slide.result
         columns = self._columns
         table = result.table([*COORDINATES, *TEXTS, *columns, *FLAGS])  # results of older versions have no flags
@@ -377,11 +377,11 @@ class ArchiveTop:
         }
 
     def top(self, label: str, site: str, flag: str, count: int, cluster: int = 0) -> dict[str, Any]:
-        """Return the highest patches of class `label` of all slides that are collected by now, as JSON values.
+        """Return the highest patches of class `label` from all slides collected so far, as JSON values.
 
-        At most `BEST` of each slide. `site` is one of the list of slides, "" for all; `flag` is one of `FLAGS`, "none"
-        for patches without any, "" for all. With a `cluster` of the evidence they are those of its sample in which that
-        cluster has a `PART` of the evidence at least.
+        At most `BEST` from each slide. `site` is one from the list of slides, "" for all; `flag` is one of `FLAGS`,
+        "none" for patches without any, "" for all. With a `cluster` of the evidence, they are those in its sample where
+        that cluster has at least `PART` of the evidence.
         """
         slides, column, found = self._archive.slides(), f"probability_{label}", []
         for slide in slides:
@@ -424,7 +424,7 @@ def patch_facts(slide: ServedSlide, number: int, value: float, flags: frozenset[
 
 
 def flags_of(patches: PatchTable, number: int) -> frozenset[str]:
-    """Return the flags of quality of a patch, by its row."""
+    """Return the quality flags of a patch, from its row."""
     return frozenset(
         name for name, most in FLAGS.items() if name in patches.values and patches.values[name][number] > most
     )

@@ -1,8 +1,8 @@
 """Annotations over a slide and its maps: their outlines by class, and how well each channel agrees with them.
 
-Agreement is measured on the whole slide, pixel by pixel of the heatmap: what was explained and lies in a class against
-all else that was explained. FROC counts lesions that are found, as CAMELYON16 did, and places outside of them that look
-as hot.
+Agreement is measured on the whole slide, on each pixel of the heatmap: everything explained that lies in a class
+against everything else that was explained. FROC counts lesions that are found, as CAMELYON16 did, and places outside
+them that look just as hot.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 KEPT = 16  # slides whose annotations stay in memory
 ENCODED_BYTES = 64 << 20
-MAX_POINTS = 200_000  # of all outlines of a slide that the page draws
+MAX_POINTS = 200_000  # of all outlines of a slide drawn by the page
 MAX_PX = 1 << 22  # of the level on which agreement is measured: a second or two
 MAX_DETECTIONS = 5000
 CURVE_POINTS = 61
 UNNAMED = "region"
-FROC_RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false positives a slide, as CAMELYON16 took
-ALL_AROUND = np.ones((3, 3), np.bool_)  # pixels that touch at a corner are of one lesion
+FROC_RATES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)  # false positives per slide, as in CAMELYON16
+ALL_AROUND = np.ones((3, 3), np.bool_)  # pixels that touch at a corner belong to one lesion
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,10 +51,10 @@ class Annotation:
     Attributes:
         file: name of the file.
         drawn: the classes; None with a `problem`.
-        outlines: by class, (y, x) in level-0 px, float64 [n, 2] each.
-        simplified: by how many level-0 px outlines may lie beside what was drawn.
-        problem: "" where there is none.
-        key: tells this state of the file from others.
+        outlines: by class; (y, x) in level-0 px, float64 [n, 2] each.
+        simplified: by how many level-0 px outlines may deviate from what was drawn.
+        problem: "" if there is none.
+        key: distinguishes this state of the file from others.
     """
 
     file: str
@@ -66,7 +66,7 @@ class Annotation:
 
 
 class AnnotationFiles:
-    """Finds and reads the annotations of slides; those used last are kept, until their file changes."""
+    """Finds and reads the annotations of slides; those used most recently are kept until their file changes."""
 
     def __init__(self, archive: Archive, given: Path | None, frame: str = "auto") -> None:
         """Look for the slides' files at `given`, a file or a folder.
@@ -80,7 +80,7 @@ class AnnotationFiles:
         self._encoded: Cache[str, bytes] = Cache(ENCODED_BYTES, len)
 
     def of(self, slide: ServedSlide) -> Annotation | None:
-        """Return the annotations of a slide; None where there are none for it."""
+        """Return the annotations of a slide; None if there are none for it."""
         try:
             path = self._path(slide.result)
         except AnnotationError as error:
@@ -92,7 +92,7 @@ class AnnotationFiles:
         return self._known.get((slide.key, slide.version, state), lambda: self._read(slide.result, path, state))
 
     def encoded(self, slide: ServedSlide) -> bytes:
-        """Return the annotations of a slide as JSON, see `annotation_facts`; kept, as they may be large."""
+        """Return the annotations of a slide as JSON, see `annotation_facts`; cached, as they may be large."""
         found = self.of(slide)
         if found is None or not found.key:
             return json.dumps(annotation_facts(found)).encode()
@@ -120,7 +120,7 @@ class AnnotationFiles:
 
 
 def _bounded(outlines: dict[str, list[Floats]]) -> tuple[dict[str, list[Floats]], float]:
-    """Return outlines of no more than `MAX_POINTS` points, and by how many px they were simplified for that."""
+    """Return outlines with at most `MAX_POINTS` points, and by how many px they were simplified to achieve that."""
     from skimage.measure import approximate_polygon
 
     count = sum(len(ring) for rings in outlines.values() for ring in rings)
@@ -156,7 +156,7 @@ def annotation_facts(found: Annotation | None) -> dict[str, Any]:
 
 
 class Agreements:
-    """Measures how well the channels of a slide agree with a class of its annotations; what was measured is kept."""
+    """Measures how well the channels of a slide agree with a class of its annotations; measurements are cached."""
 
     def __init__(self, files: AnnotationFiles) -> None:
         self._files = files
@@ -180,7 +180,7 @@ class Agreements:
 
 
 def agreement(result: SlideResult, drawn: Drawn, name: str) -> dict[str, Any]:
-    """Return how well each channel of a slide agrees with a class, on the finest level of at most `MAX_PX` pixels."""
+    """Return how well each channel of a slide agrees with a class, on the finest level with at most `MAX_PX` pixels."""
     last = len(result.levels) - 1
     level = next((i for i, (h, w) in enumerate(result.levels) if h * w <= MAX_PX), last)
     (height, width), step = result.levels[level], result.stride_px * 2**level
@@ -206,11 +206,11 @@ def agreement(result: SlideResult, drawn: Drawn, name: str) -> dict[str, Any]:
 
 
 def agreement_of(values: NDArray[np.float32], inside: Mask, window: tuple[float, float]) -> dict[str, Any]:
-    """Return the agreement of values [n] with where a class is, bool [n]; None where one of both is empty.
+    """Return the agreement of values [n] with where a class is, bool [n]; None if either side is empty.
 
     `auroc` is the area under the ROC curve, and `ap` the average precision, sum of (R_i - R_(i-1)) P_i over all
-    distinct values, as scikit-learn computes both; by chance they are 0.5 and `chance`. `dice` is the largest of all
-    thresholds, 2 TP / (2 TP + FP + FN) of what is at or above `threshold`; `curve` holds [threshold, Dice] along the
+    distinct values, as computed by scikit-learn; by chance they are 0.5 and `chance`. `dice` is the largest over all
+    thresholds, 2 TP / (2 TP + FP + FN) for values at or above `threshold`; `curve` holds [threshold, Dice] along the
     window and beyond it.
     """
     positive, negative = int(inside.sum()), int((~inside).sum())
@@ -238,10 +238,10 @@ def agreement_of(values: NDArray[np.float32], inside: Mask, window: tuple[float,
 def detections(
     values: NDArray[np.float32], known: Mask, lesions: NDArray[np.int32], reach: int
 ) -> tuple[Floats, NDArray[np.int32]]:
-    """Return the values of the places that stand out, highest first, and the lesion that each lies in, 0 for none.
+    """Return the values of the places that stand out, highest first, and the lesion each lies in, 0 for none.
 
-    A place stands out where no explained pixel up to `reach` away in y and x is higher; of pixels of one value that
-    touch each other, the middle one in the order of rows stands for all. Where a map is at its lowest, none does.
+    A place stands out if no explained pixel up to `reach` away in y and x is higher; touching pixels with the same
+    value are represented by the middle one in row order. Nothing stands out where a map is at its lowest.
     """
     seen = np.where(known, values, -np.inf)
     highest = (ndimage.maximum_filter(seen, 2 * reach + 1, mode="constant", cval=-np.inf) == seen) & known
@@ -259,9 +259,10 @@ def detections(
 def froc(values: Floats, lesions: NDArray[np.int32], count: int) -> dict[str, Any] | None:
     """Return the free-response ROC of a slide with `count` lesions; None without any.
 
-    At a threshold, sensitivity is the share of the lesions with a detection at or above it, and false positives are
-    the detections there that lie in no lesion. `sensitivity` is the largest with at most so many false positives as
-    `FROC_RATES` say, and `score` their mean (Ehteshami Bejnordi 2017, doi 10.1001/jama.2017.14585, of one slide).
+    At a threshold, sensitivity is the share of lesions with a detection at or above it, and false positives are
+    detections at or above it that lie in no lesion. `sensitivity` is the largest with at most the number of false
+    positives in `FROC_RATES`, and `score` their mean (Ehteshami Bejnordi 2017, doi 10.1001/jama.2017.14585, for one
+    slide).
     """
     if not count:
         return None

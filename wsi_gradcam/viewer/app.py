@@ -4,7 +4,7 @@
 /api/run, /api/slides, /api/slide?id=, /api/slides/KEY, /api/top   JSON
 /api/evidence, /api/evidence/CLUSTER?site=     clusters of the evidence, and the patches of one
 /api/slides/KEY/values, .../patches/...        the values at a point, a patch, the highest patches
-/api/slides/KEY/marks, POST /api/marks         what people say of places, kept in OUT/marks.jsonl
+/api/slides/KEY/marks, POST /api/marks         what people say about places, kept in OUT/marks.jsonl
 POST /api/names                                a name of a cluster, kept in OUT/evidence/names.yaml
 /api/slides/KEY/annotations, .../agreement?class=     outlines, and how well channels agree with a class
 /tiles/KEY/VERSION/slide/LEVEL/ROW_COLUMN.jpg  heat/CHANNEL/LEVEL/ROW_COLUMN.png, cells/..., patch/NUMBER.jpg, thumb.jpg
@@ -103,23 +103,23 @@ def view(
     browse: bool = False,
     announce: Callable[[str], None] = print,
 ) -> None:
-    """Serve the results in `out` until interrupted; port 0 takes any that is free.
+    """Serve the results in `out` until interrupted; port 0 selects any free port.
 
     Args:
         second: results of another run over the same slides, to be shown beside and as differences.
         host: address to listen on; except on the loopback addresses, clients need a token.
-        slides: a folder to take slides from, by their ids, where they have moved.
+        slides: a folder in which slides are found by their ids, if they have moved.
         token: require a token on 127.0.0.1 too, for machines with several users.
         allow_host: names by which proxies call the server.
-        remote_slides: ask other machines for slides that the results name by URLs.
-        isolate: read slides by processes of their own, which can do little; None: unless this system has none, which
-            is announced, or slides are read so already.
-        tls: files of a certificate and its key, in PEM: the page's address is then https://.
+        remote_slides: contact other machines for slides whose URLs are in the results.
+        isolate: read slides in separate processes with few permissions; None: do so unless this system does not support
+            it, which is announced, or slides are already read that way.
+        tls: files of a certificate and its key, in PEM; the page's address is then https://.
         annotations: a file of annotations, or a folder with a file for each slide, to be shown over slides and maps.
-        mask_frame: what they were drawn on, as of `in_frame`.
-        read_only: keep no marks and no names.
-        browse: open the page in a browser; a token is not in its command line.
-        announce: receives a line with the page's address.
+        mask_frame: what they were drawn on, see `in_frame`.
+        read_only: store no marks or names.
+        browse: open the page in a browser; the token does not appear in its command line.
+        announce: called with a line that has the page's address.
 
     Raises:
         ResultError: there are no results.
@@ -151,10 +151,11 @@ def view(
 
 @contextmanager
 def _private_address(address: str, access: Access) -> Iterator[str]:
-    """Return an address for a browser's command line, which all users of the machine can read, as a context.
+    """Return, as a context, an address for a browser's command line, which all users of the machine can read.
 
-    It is that of a file which nobody else can read. The file leads to the page with a code that admits one browser:
-    the token itself gets into no history. (A code in the command line could be used by another user first.)
+    It is the address of a file that nobody else can read. The file leads to the page with a code that admits one
+    browser, so the token itself never enters a history. (A code in the command line could be used by another user
+    first.)
     """
     code = secrets.token_urlsafe(24)
     access.codes.add(code)
@@ -174,7 +175,7 @@ def make_app(
 ) -> Starlette:
     """Return the web application of a run, with the annotations of its slides and a second run to compare it with.
 
-    It keeps marks and names unless `read_only`.
+    It stores marks and names unless `read_only`.
     """
     viewer = Viewer(archive, annotations or AnnotationFiles(archive, None), read_only, second)
     return Starlette(
@@ -185,7 +186,7 @@ def make_app(
 
 
 class _AnyLetters(PathConvertor):
-    """Any path: that of Starlette ends at a line break, which names may have."""
+    """Any path: Starlette's own ends at a line break, which names may contain."""
 
     regex = r"[\s\S]*"
 
@@ -194,7 +195,7 @@ register_url_convertor("letters", _AnyLetters())
 
 
 class BoundedThreads:
-    """Runs functions in a bounded number of threads; up to `max_waiting` callers wait for their turn."""
+    """Runs functions in a bounded number of threads; up to `max_waiting` callers wait their turn."""
 
     def __init__(self, threads: int, max_waiting: int = 256) -> None:
         self._threads, self._max_waiting = threads, max_waiting
@@ -202,11 +203,11 @@ class BoundedThreads:
         self._waiting = 0
 
     async def run(self, is_disconnected: Callable[[], Awaitable[bool]], function: Callable[[], T]) -> T:
-        """Return the function's result; it is not called for a client that has gone by the time a thread is free.
+        """Return the function's result; it is not called if the client has disconnected by the time a thread is free.
 
         Raises:
             BusyError: too many callers are waiting.
-            DisconnectedError: the client has gone.
+            DisconnectedError: the client has disconnected.
         """
         if self._limiter is None:  # made here, since it belongs to the event loop
             self._limiter = CapacityLimiter(self._threads)
@@ -223,7 +224,7 @@ class BoundedThreads:
 
 
 class Viewer:
-    """The handlers of requests, and the caches and threads that they share."""
+    """The request handlers, and the caches and threads that they share."""
 
     def __init__(
         self, archive: Archive, annotations: AnnotationFiles, read_only: bool = False, second: Archive | None = None
@@ -244,7 +245,7 @@ class Viewer:
         )
         self._files = Files(archive)
         threads = max(2, min(8, os.cpu_count() or 2))
-        # A slide in an object store may be slow: heatmaps do not wait behind it.
+        # A slide in an object store may be slow: heatmaps do not wait for it.
         self._slide_threads, self._threads = BoundedThreads(threads), BoundedThreads(threads)
 
     @contextlib.asynccontextmanager
@@ -347,7 +348,7 @@ class Viewer:
         return etag_response(request, data, "application/json")
 
     async def agreement(self, request: Request) -> Response:
-        """Return how well each channel agrees with a class of the annotations, on the whole slide."""
+        """Return how well each channel agrees with a class of the annotations on the whole slide."""
         key, name = request.path_params["key"], request.query_params.get("class", "")
         return await self._json(
             request, lambda: self._agreements.of(self._archive.find(key), name), self._slide_threads
@@ -365,7 +366,7 @@ class Viewer:
         return await self._json(request, find)
 
     async def mark(self, request: Request) -> Response:
-        """Keep a mark, or take one back; the answer is sent once that is on the disk."""
+        """Store or remove a mark; the answer is sent once that is on disk."""
         given = await self._sent(request)
 
         def keep() -> dict[str, Any]:
@@ -416,7 +417,7 @@ class Viewer:
         return await self._image(request, JPEG, lambda slide: self._images.slide_tile(slide, *tile))
 
     async def heatmap_tile(self, request: Request) -> Response:
-        """Return a tile of a channel, with its pixels enlarged smoothly (heat) or as they are (cells)."""
+        """Return a tile of a channel, with its pixels enlarged smoothly (heat) or unchanged (cells)."""
         channel, tile = whole_number(request.path_params["channel"]), _tile(request)
         smooth, spread = "/heat/" in request.url.path, request.path_params.get("spread")
         second = request.path_params.get("second")
@@ -443,7 +444,7 @@ class Viewer:
         return await self._image(request, JPEG, self._images.thumbnail)
 
     async def file(self, request: Request) -> Response:
-        """Return a file of the results that is made for people."""
+        """Return a file of the results that is intended for people."""
         return await self._in_thread(request, lambda: self._files.file(request, request.path_params["path"]))
 
     async def zarr(self, request: Request) -> Response:

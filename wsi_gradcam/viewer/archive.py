@@ -1,8 +1,7 @@
 """The slides of a run as the server knows them, and the gallery that lists them.
 
-They have short keys and are reread while the run goes on; files outside OUT are never served, not even through links.
-The gallery searches, sorts and lists them by pages, with
-scores that are computed in the background.
+They have short keys and are reread while the run continues; files outside OUT are never served, not even through links.
+The gallery searches, sorts and lists them page by page, with scores computed in the background.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class ServedSlide:
     """A slide of the run.
 
     Attributes:
-        key: replaces its id in addresses: no path of a request is ever part of a path on the disk.
+        key: replaces its id in addresses, so that no path of a request is ever part of a path on disk.
         version: changes when the slide is explained again; part of the addresses of immutable images.
     """
 
@@ -59,7 +58,7 @@ class ServedSlide:
 
     @property
     def is_final(self) -> bool:
-        """Return whether the slide's results will not change any more, so that they may be cached."""
+        """Return whether the slide's results can no longer change, so that they may be cached."""
         return self.result.is_finished
 
 
@@ -69,9 +68,9 @@ class Archive:
     def __init__(
         self, out: str | PathLike[str], slides_folder: Path | None = None, remote_slides: bool = False
     ) -> None:
-        """Open the results in `out`; a slide that is in `slides_folder` under its id is taken from there.
+        """Open the results in `out`; a slide found in `slides_folder` under its id is read from there.
 
-        Slides that the results name by URLs are asked for with `remote_slides` only.
+        Slides whose URLs are in the results are requested only with `remote_slides`.
 
         Raises:
             ResultError: there are no results.
@@ -99,7 +98,7 @@ class Archive:
         return list(self._slides.values())
 
     def find(self, key: str) -> ServedSlide:
-        """Return the slide with a key, after a check that no link in its folder leads out of OUT.
+        """Return the slide with a key, after checking that no link in its folder leads out of OUT.
 
         Raises:
             NotShownError: there is no such slide.
@@ -117,22 +116,22 @@ class Archive:
         return slide
 
     def find_by_id(self, slide_id: str) -> ServedSlide:
-        """Return the slide with an id, or one whose id is not valid text and is displayed so; else as `find`."""
+        """Return the slide with an id, or one whose id is not valid text and is displayed so; otherwise as `find`."""
         if (key := slide_key(slide_id)) in self._slides:
             return self.find(key)
         similar = (s.key for s in self.slides() if slide_id in (valid_text(s.result.id), _as_in_address(s.result.id)))
         return self.find(next(similar, key))
 
     def borrow_slide(self, slide: ServedSlide) -> AbstractContextManager[Slide]:
-        """Open the slide's image, also of one that failed before it had a plan; it stays open in the context.
+        """Open the slide's image, even if it failed before it had a plan; it stays open within the context.
 
         Raises:
-            SlideError: on entering; the file is gone, or another file is in its place.
+            SlideError: on entering, if the file is gone or has been replaced by another.
         """
         return self._open.borrow(f"{slide.key} {slide.version}", lambda: _open_slide(slide.result))
 
     def close_slides(self) -> None:
-        """Close the slides that nobody uses."""
+        """Close the slides that nobody is using."""
         self._open.close()
 
     def _refresh(self) -> None:
@@ -181,7 +180,7 @@ def slide_key(slide_id: str) -> str:
 
 
 def valid_text(text: str) -> str:
-    """Return text that JSON can hold: file names that are not UTF-8 contain surrogates, which become "?"."""
+    """Return text that JSON can represent: file names that are not UTF-8 contain surrogates, which become "?"."""
     return text.encode("utf-8", "replace").decode()
 
 
@@ -194,7 +193,7 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-# A part of a path below OUT that a request may name. Nothing that is hidden, relative or odd is ever served.
+# A part of a path below OUT that a request may name. Nothing hidden, relative or odd is ever served.
 PATH_PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.+-]{0,199}", re.ASCII)
 MAX_PATH_PARTS = 12
 
@@ -203,7 +202,7 @@ def path_below(folder: StoragePath, name: str) -> StoragePath:
     """Return the path below a folder that a request names.
 
     Raises:
-        NotShownError: the path has parts that none of our files has.
+        NotShownError: the path has parts that none of our files have.
     """
     parts = name.split("/")
     if len(parts) > MAX_PATH_PARTS or not all(PATH_PART.fullmatch(part) for part in parts):
@@ -212,7 +211,7 @@ def path_below(folder: StoragePath, name: str) -> StoragePath:
 
 
 def check_inside(out: StoragePath, path: StoragePath) -> None:
-    """Check that a file or folder is below OUT after all links are followed; object stores have no links.
+    """Check that a file or folder is below OUT after following all links; object stores have no links.
 
     Raises:
         OutsideError: it is not below OUT.
@@ -222,7 +221,7 @@ def check_inside(out: StoragePath, path: StoragePath) -> None:
 
 
 def check_tree(out: StoragePath, folder: StoragePath) -> None:
-    """Check everything below a folder, for readers that open files in it by themselves.
+    """Check everything below a folder, for readers that open files in it on their own.
 
     Raises:
         OutsideError: a link leads out of OUT.
@@ -250,7 +249,7 @@ def _check_link(root: Path, path: Path) -> None:
 
 
 class Scorer:
-    """Computes each finished slide's scores in a thread of its own: reading the tables of an archive takes minutes."""
+    """Computes each finished slide's scores in a separate thread: reading the tables of an archive takes minutes."""
 
     def __init__(
         self,
@@ -263,8 +262,9 @@ class Scorer:
 
         Args:
             compare: returns how much a second run differs on a slide.
-            collect: is given each slide that has been scored.
-            look: is given each slide again and again, as what it looks for may come, or change, while the viewer runs.
+            collect: called with each slide that has been scored.
+            look: called with each slide again and again, as what it looks for may appear or change while the viewer
+                runs.
         """
         self._archive, self._compare, self._collect, self._look = archive, compare, collect, look
         self._scores: dict[tuple[str, str], Scores] = {}
@@ -275,7 +275,7 @@ class Scorer:
         self._thread = threading.Thread(target=self._score_all, name="scores", daemon=True)
 
     def windows(self, wait_s: float = 2.0) -> dict[str, tuple[float, float]]:
-        """Return the display windows that all slides share, by channel; empty while they are being computed."""
+        """Return the display windows shared by all slides, by channel; empty while they are being computed."""
         self._windows_ready.wait(wait_s)
         return self._windows
 
@@ -284,17 +284,17 @@ class Scorer:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop the thread, which ends with the slide in work; known scores are kept."""
+        """Stop the thread, which ends after the current slide; known scores are kept."""
         self._stop.set()
         if self._thread.is_alive():
             self._thread.join(STOPPED_S)
 
     def of(self, slide: ServedSlide) -> Scores | None:
-        """Return `share` and `top` by class, as `slide_scores` does; None while they are not known."""
+        """Return `share` and `top` by class, as `slide_scores` does; None while they are unknown."""
         return self._scores.get((slide.key, slide.version))
 
     def difference(self, slide: ServedSlide) -> dict[str, float]:
-        """Return how much a second run differs on a slide; empty while, or where, that is not known."""
+        """Return how much a second run differs on a slide; empty if, or while, that is unknown."""
         return self._differences.get((slide.key, slide.version), {})
 
     def _score_all(self) -> None:
@@ -309,7 +309,7 @@ class Scorer:
                 with suppress(WsiGradcamError, OSError, ValueError, LookupError):
                     self._look(slide)
                 self._score_difference(slide)
-            if self._stop.wait(RESCAN_S):  # the run may go on
+            if self._stop.wait(RESCAN_S):  # the run may continue
                 return
 
     def _score(self, slide: ServedSlide) -> None:
@@ -345,7 +345,7 @@ def list_slides(
 ) -> dict[str, Any]:
     """Return some of the slides whose ids contain all words of `search`, and the number of all of them, as JSON.
 
-    `sort` is `name`, `status`, `patches`, `share:CLASS`, `top:CLASS` or, of slide-level models, `answer:CLASS`, and
+    `sort` is `name`, `status`, `patches`, `share:CLASS`, `top:CLASS`, for slide-level models also `answer:CLASS`, and
     with a second run `difference:maps` or `difference:probabilities`; slides without the number come last.
     """
     words = search.lower().split()
@@ -400,7 +400,7 @@ def _row(slide: ServedSlide, scores: Scores | None) -> dict[str, Any]:
 
 
 def answer_of(result: SlideResult) -> list[dict[str, Any]]:
-    """Return what a slide-level model answered for the slide, by class, as JSON values; empty where it did not."""
+    """Return a slide-level model's answer for the slide, by class, as JSON values; empty if there is none."""
     logits, shares = result.slide_logits, result.slide_probabilities
     return [{"label": valid_text(n), "logit": logits.get(n), "probability": shares[n]} for n in shares]
 

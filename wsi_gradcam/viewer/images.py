@@ -1,6 +1,7 @@
-"""Images of slides and heatmaps as the page gets them: encoded tiles, patches and thumbnails, with their caches.
+"""Images of slides and heatmaps for the page: encoded tiles, patches and thumbnails, with their caches.
 
-Tiles are those of a pyramid of halves over an image of any size, encoded as JPEG, or as values in a PNG.
+Tiles belong to a pyramid, with a factor of 2 between levels, over an image of any size; they are encoded as JPEG, or as
+values in a PNG.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ if TYPE_CHECKING:
 
 TILE_PX = 256
 JPEG_QUALITY = 88  # nuclei stay crisp; 75 shows blocks at 40x
-# The most pixels that are read for one tile. Coarser levels of a slide whose own pyramid ends early are not served; the
-# page then composes them of the tiles of the coarsest level that is.
+# The most pixels read for one tile. Coarser levels of a slide whose own pyramid ends early are not served; the page
+# then composes them from tiles of the coarsest level that is.
 MAX_SOURCE_PX = 1 << 24
 STEPS = (1 << 16) - 1
-LARGEST = 1e38  # that float32 holds, with room for what is around a range
+LARGEST = 1e38  # that float32 can hold, with room around a range
 CHUNK_BYTES = 96 << 20
 IMAGE_BYTES = 128 << 20
 COVERAGE = -1  # in place of a channel's number
@@ -58,7 +59,7 @@ PATCH_QUALITY = 92
 
 
 class Images:
-    """Encodes images; those used last are kept."""
+    """Encodes images; those used most recently are kept."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
@@ -96,7 +97,7 @@ class Images:
         return self._from_slide(slide, ("patch", number), encode)
 
     def thumbnail(self, slide: ServedSlide) -> bytes:
-        """Return the whole slide, no side longer than 384 px, as JPEG."""
+        """Return the whole slide as JPEG, with no side longer than 384 px."""
         return self._from_slide(
             slide, ("thumbnail",), lambda opened: encode_jpeg(thumbnail(opened, 0.0, THUMBNAIL_PX).rgb)
         )
@@ -111,7 +112,7 @@ class Images:
 
 @dataclass(frozen=True)
 class PointValues:
-    """The values of a heatmap at a point: a value a channel, None where it was not explained, and its coverage."""
+    """The values of a heatmap at a point: one per channel, None where it was not explained, and its coverage."""
 
     values: list[float | None] | None
     tissue: bool
@@ -128,7 +129,7 @@ class HeatmapReader:
     def tile(self, layer: Layer, channel: int, level: int, row: int, column: int, smooth: bool = True) -> bytes:
         """Return a tile of a channel as PNG, see `encode_values`.
 
-        Levels finer than the stored ones are interpolated if `smooth`, else they repeat the stored pixels.
+        Levels finer than the stored ones are interpolated if `smooth`; otherwise they repeat the stored pixels.
 
         Raises:
             TileError: there is no such tile or channel.
@@ -201,13 +202,13 @@ class HeatmapReader:
 def finer_levels(result: Stored) -> int:
     """Return the number of levels finer than the stored ones, down to one pixel per level-0 pixel of the slide.
 
-    Browsers enlarge each tile by itself, which shows as seams between tiles where a pixel covers many of the screen.
+    Browsers enlarge each tile separately, which shows as seams between tiles when a pixel covers many screen pixels.
     """
     return result.stride_px.bit_length() - 1
 
 
 def heatmap_pyramid(result: Stored) -> TilePyramid:
-    """Return the tiles of a slide's heatmap: its own levels below the finer ones."""
+    """Return the tiles of a slide's heatmap: its own levels, below the finer ones."""
     height, width = result.levels[0]
     finer = finer_levels(result)
     return TilePyramid(height << finer, width << finer, len(result.levels) + finer)
@@ -225,10 +226,10 @@ def find_channel(result: Stored, number: int) -> ChannelInfo:
 
 
 def channel_scale(channel: ChannelInfo) -> ValueScale:
-    """Return the scale in which tiles hold the values of a channel.
+    """Return the scale used for a channel's values in tiles.
 
     Raises:
-        NotShownError: the metadata say no range of float32 numbers.
+        NotShownError: the metadata do not state a range of float32 numbers.
     """
     if not (abs(channel.minimum) < LARGEST and abs(channel.maximum) < LARGEST):
         raise NotShownError(f"channel {channel.number}: its range is not a pair of numbers; try `validate`")
@@ -241,7 +242,7 @@ def _crop(chunk: NDArray[Any], row: int, column: int, region: Region) -> NDArray
 
 
 def _with_margin(region: Region, factor: int, height: int, width: int) -> Region:
-    """Return the pixels of a level that a region of the enlarged level needs, with a margin of one for smoothing."""
+    """Return the pixels of a level needed for a region of the enlarged level, with a margin of one for smoothing."""
     y, x = max(0, region.y // factor - 1), max(0, region.x // factor - 1)
     bottom, right = min(height, ceil_div(region.bottom, factor) + 1), min(width, ceil_div(region.right, factor) + 1)
     return Region(y, x, bottom - y, right - x)
@@ -250,7 +251,7 @@ def _with_margin(region: Region, factor: int, height: int, width: int) -> Region
 def _interpolate(
     values: NDArray[np.float32], known: NDArray[np.bool_], region: Region, source: Region, factor: int
 ) -> NDArray[np.float32]:
-    """Return the values in `source`, enlarged by `factor`, in `region`: means weighted by what is known [h, w]."""
+    """Return the values of `source`, enlarged by `factor`, in `region`: means weighted by what is known [h, w]."""
     y, x = region.y / factor - source.y, region.x / factor - source.x
     box = (x, y, region.right / factor - source.x, region.bottom / factor - source.y)
 
@@ -271,7 +272,7 @@ class TilePyramid:
     """The tiles of an image of `height` x `width` px. Level 0 is the finest, each pixel of level n is 2**n of level 0.
 
     Attributes:
-        levels: number of levels that are served.
+        levels: number of levels served.
     """
 
     height: int
@@ -281,7 +282,7 @@ class TilePyramid:
 
     @classmethod
     def covering(cls, height: int, width: int, tile_px: int = TILE_PX) -> TilePyramid:
-        """Return a pyramid with levels up to the one that is a single tile.
+        """Return a pyramid with levels up to the one that fits in a single tile.
 
         >>> TilePyramid.covering(2967, 2220).levels
         5
@@ -300,7 +301,7 @@ class TilePyramid:
         return ceil_div(self.height, 1 << level), ceil_div(self.width, 1 << level)
 
     def region(self, level: int, row: int, column: int) -> Region:
-        """Return the region of a tile in pixels of its level; the last tiles of rows and columns are cut.
+        """Return the region of a tile in pixels of its level; the last tiles of rows and columns are cropped.
 
         Raises:
             TileError: there is no such tile.
@@ -326,7 +327,7 @@ def slide_pyramid(info: SlideInfo) -> TilePyramid:
 
 
 def _source_px(info: SlideInfo, level: int, tile_px: int) -> float:
-    """Return the number of pixels that are read for a tile: never more than the slide's level has."""
+    """Return the number of pixels read for a tile: never more than the slide's level has."""
     step = float(1 << level)
     source = info.levels[best_level(info, step, step)]
     height, width = tile_px * step / source.downsample_y, tile_px * step / source.downsample_x
@@ -369,21 +370,21 @@ class ValueScale:
         return cls(minimum - room, maximum + room)
 
     def steps(self, values: NDArray[np.float32]) -> NDArray[np.uint16]:
-        """Return values as whole numbers, to the nearest; values beyond the ends become the ends, NaN becomes 0."""
+        """Return values rounded to whole numbers; values beyond the ends become the ends, NaN becomes 0."""
         scaled = (values - np.float32(self.low)) * np.float32(STEPS / (self.high - self.low))
         steps: NDArray[np.uint16] = np.clip(np.nan_to_num(np.rint(scaled), nan=0.0), 0, STEPS).astype(np.uint16)
         return steps
 
 
 def encode_values(values: NDArray[np.float32], flags: NDArray[np.uint8], scale: ValueScale) -> bytes:
-    """Return a PNG whose red and green are the high and the low byte of a value, and whose blue is the coverage's bits.
+    """Return a PNG whose red and green are the high and low bytes of a value, and whose blue is the coverage bits.
 
     The browser applies colours, thresholds and windows to it, so that a slider needs no request.
     """
     steps = scale.steps(values)
     rgb = np.stack([(steps >> 8).astype(np.uint8), (steps & 255).astype(np.uint8), flags], axis=-1)
     buffer = io.BytesIO()
-    # A third faster than searching for repeated strings, of which low bytes have none, and a third larger.
+    # A third faster than searching for repeated strings, which low bytes do not have, and a third larger.
     Image.fromarray(rgb).save(buffer, format="PNG", compress_level=1, compress_type=zlib.Z_RLE)
     return buffer.getvalue()
 

@@ -1,7 +1,7 @@
-"""Channels beside those of a heatmap, read as it is: the spread that an audit stored, and those of a second run.
+"""Channels besides those of a heatmap, read in the same way: the spread stored by an audit, and those of a second run.
 
-The spread of overlapping patches' maps shows where a slide's map is unsure. Of a second run over the same slides, there
-are its own channels, and the difference of each that both runs have.
+The spread of overlapping patches' maps shows where a slide's map is uncertain. For a second run over the same slides,
+there are its own channels, and the difference for each channel that both runs have.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ DAMAGED = "its spread cannot be read"
 
 
 class SpreadImage:
-    """The stored spread, read as a heatmap is; it aligns with the heatmap of the slide, level by level."""
+    """The stored spread, read like a heatmap; it aligns with the heatmap of the slide, level by level."""
 
     def __init__(self, slide: SlideResult, store: HeatmapStore, check: Callable[[], None]) -> None:
-        """Describe the channels; `check` raises if the opened image has been replaced meanwhile.
+        """Describe the channels; `check` raises if the opened image has been replaced in the meantime.
 
         Raises:
             ResultError: the spread belongs to another heatmap.
@@ -62,7 +62,7 @@ class SpreadImage:
         self._store, self._check = store, check
 
     def read(self, channel: ChannelInfo, level: int, region: Region) -> NDArray[np.float32]:
-        """Return values of a channel, float32 [height, width]; 0 where fewer than two patches cover a pixel.
+        """Return values of a channel, float32 [height, width]; 0 where a pixel is covered by fewer than two patches.
 
         Raises:
             ResultError: the image is damaged.
@@ -77,7 +77,7 @@ class SpreadImage:
 
 @dataclass(frozen=True)
 class Spread:
-    """The spread of a slide, to be shown as its heatmap is.
+    """The spread of a slide, to be shown like its heatmap.
 
     Attributes:
         key: of the slide.
@@ -97,7 +97,7 @@ class Spread:
 
 
 class Spreads:
-    """Finds and opens spreads; those used last stay open. No file is touched for slides that nobody views."""
+    """Finds and opens spreads; those used most recently stay open. No file is touched for slides that nobody views."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
@@ -125,7 +125,7 @@ class Spreads:
         folder, result = self._folder, slide.result
 
         def check() -> None:
-            # An audit that starts again removes the plan first, and writes the means last.
+            # A restarted audit removes the plan first and writes the means last.
             if not folder.plan.is_file() or self._digest(slide) != digest:
                 raise NotShownError("the slide is being, or was, audited again; reload the page")
 
@@ -182,7 +182,7 @@ CLASSES = "classes"
 
 
 class ClassMap:
-    """The most probable class of each pixel, read as a heatmap is: its number plus its probability, which is below 1.
+    """The most probable class of each pixel, read like a heatmap: its number plus its probability, which is below 1.
 
     Raises:
         ResultError: not all classes have a map of their probability.
@@ -227,16 +227,16 @@ class Predicted:
 
 CLUSTERS = "clusters"
 NO_CLUSTER = "of no cluster"
-SEEN_LITTLE = np.float32(0.3)  # of what was looked at and is of no cluster
+SEEN_LITTLE = np.float32(0.3)  # of what was looked at and belongs to no cluster
 
 
 class ClusterMap:
-    """The cluster of the evidence on each pixel, read as a heatmap is: its number, from 0 on, plus how it is seen.
+    """The evidence cluster of each pixel, read like a heatmap: its number, starting at 0, plus how it is seen.
 
-    What was looked at and is of no cluster has the number after the last one's.
+    What was looked at and belongs to no cluster has the number after the last cluster's.
 
     Raises:
-        ResultError: its clusters are not numbered as ours are.
+        ResultError: its clusters are not numbered like ours.
     """
 
     def __init__(self, slide: SlideResult, labels: Clusters) -> None:
@@ -257,13 +257,13 @@ class ClusterMap:
         return np.where(labels == NOTHING, np.float32(len(self.kinds)) + SEEN_LITTLE, known)
 
     def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Return which pixels were looked at, as explained ones."""
+        """Return the pixels that were looked at, marked as explained."""
         return np.where(self._labels.read(level, region) > 0, np.uint8(EXPLAINED), np.uint8(0))
 
 
 @dataclass(frozen=True, eq=False)
 class Clustered:
-    """The clusters on a slide, to be shown as its heatmap is; `state` is that of the evidence."""
+    """The clusters on a slide, to be shown like its heatmap; `state` is that of the evidence."""
 
     key: str
     version: str
@@ -273,26 +273,26 @@ class Clustered:
 
 
 class ClusterLayers:
-    """Finds the clusters on slides; those used last stay open."""
+    """Finds the clusters on slides; those used most recently stay open."""
 
     def __init__(self, archive: Archive, state: Callable[[], str]) -> None:
-        """Take the evidence of an archive, whose state is "" where there is none."""
+        """Use the evidence of an archive; its state is "" if there is none."""
         self._archive, self._state = archive, state
         self._open: Cache[tuple[str, str, str], Clustered] = Cache(MAX_OPEN)
 
     def of(self, slide: ServedSlide) -> Clustered | None:
-        """Return the clusters on a slide; None where there are none, or they cannot be read."""
+        """Return the clusters on a slide; None if there are none, or they cannot be read."""
         state = self._state()
         try:
             return self.with_state(slide, state) if state else None
-        except (WsiGradcamError, OSError):  # `validate` tells damage
+        except (WsiGradcamError, OSError):  # damage is reported by `validate`
             return None
 
     def with_state(self, slide: ServedSlide, state: str) -> Clustered:
         """Return the clusters on a slide with the state in an address.
 
         Raises:
-            NotShownError: there are none, or others by now.
+            NotShownError: there are none, or they have changed.
             WsiGradcamError: they cannot be read.
         """
         if state != self._state():
@@ -315,7 +315,7 @@ COMPARED_PX = 1 << 16  # of the level on which runs are compared for the gallery
 class Difference:
     """A second run's channels minus those of the first with the same labels, where both explained the slide.
 
-    It is read as a heatmap is, on the coarser of both grids.
+    It is read like a heatmap, on the coarser of the two grids.
 
     Raises:
         ResultError: the runs do not explain the same slide, or have no channel in common.
@@ -351,7 +351,7 @@ class Difference:
         return mine, other
 
     def read_coverage(self, level: int, region: Region) -> NDArray[np.uint8]:
-        """Return the bits of each pixel that it has in both runs."""
+        """Return the bits that each pixel has in both runs."""
         mine, other = (
             run.read_coverage(level + offset, region) for run, offset in zip(self._runs, self._offsets, strict=True)
         )
@@ -359,7 +359,7 @@ class Difference:
 
 
 def _difference(number: int, mine: ChannelInfo, other: ChannelInfo) -> ChannelInfo:
-    """Describe the difference of two channels; its window is half of the wider one's, to both sides of 0."""
+    """Describe the difference of two channels; its window is half the wider one's, on both sides of 0."""
     end = max(abs(value) for channel in (mine, other) for value in channel.window) / 2
     return ChannelInfo(
         number,
@@ -376,13 +376,13 @@ def _difference(number: int, mine: ChannelInfo, other: ChannelInfo) -> ChannelIn
 
 @dataclass(frozen=True, eq=False)
 class Compared:
-    """A slide in two runs: as the second run has it, and the difference.
+    """A slide in two runs: the second run's results, and the difference.
 
     Attributes:
         slide: of the second run.
         version: of both; part of addresses.
         key: of the slide.
-        is_final: whether both runs are through with it.
+        is_final: whether both runs are done with it.
         result: the difference.
     """
 
@@ -402,14 +402,14 @@ class Comparison:
 
     @cached_property
     def name(self) -> str:
-        """The second run's name, other than the first one's; "" without one."""
+        """The second run's name, different from the first run's; "" without a second run."""
         if self._other is None:
             return ""
         name = self._other.out.name
         return name if name != self._archive.out.name else f"{self._other.out.parent.name}/{name}"
 
     def of(self, slide: ServedSlide) -> Compared | None:
-        """Return a slide in both runs; None without a second run, or where that has nothing of the slide.
+        """Return a slide in both runs; None without a second run, or if it has nothing for the slide.
 
         Raises:
             WsiGradcamError: they cannot be compared.
@@ -424,17 +424,17 @@ class Comparison:
 
         def compare() -> Compared:
             final = slide.is_final and other.is_final
-            # With a version that the first run's slide does not have, as both share caches.
+            # With a version different from that of the first run's slide, as both share caches.
             own = replace(other, version=f"{OTHER} {version}")
             return Compared(own, version, slide.key, final, Difference(slide.result, other.result))
 
         return self._open.get((slide.key, slide.version, version), compare)
 
     def layer(self, slide: ServedSlide, kind: str, version: str) -> ServedSlide | Compared:
-        """Return what an address names: the second run's slide, or the difference.
+        """Return the layer named by an address: the second run's slide, or the difference.
 
         Raises:
-            NotShownError: there is no such version any more.
+            NotShownError: this version no longer exists.
             WsiGradcamError: as `of`.
         """
         found = self.of(slide)
@@ -443,11 +443,11 @@ class Comparison:
         return found.slide if kind == OTHER else found
 
     def scores(self, slide: ServedSlide) -> dict[str, float]:
-        """Return how much the runs differ on a slide; empty where they cannot be compared.
+        """Return how much the runs differ on a slide; empty if they cannot be compared.
 
-        `maps` is 1 - Spearman's correlation of the explanations over the pixels that both explained, the mean of all
-        common ones: 0 for the same order, 1 for none, 2 for the opposite. `probabilities` is their mean difference
-        without sign.
+        `maps` is 1 - Spearman's correlation of the explanations over the pixels that both explained, averaged over all
+        common ones: 0 for the same order, 1 for none, 2 for the opposite. `probabilities` is their mean absolute
+        difference.
         """
         found = self.of(slide)
         if found is None or not found.is_final:
@@ -470,7 +470,7 @@ class Comparison:
 
 
 def _rank_correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-    """Return Spearman's correlation; NaN where one of both is constant."""
+    """Return Spearman's correlation; NaN if one of the two is constant."""
     if len(a) < 2 or np.ptp(a) == 0 or np.ptp(b) == 0:
         return math.nan
     return float(np.corrcoef(rankdata(a), rankdata(b))[0, 1])

@@ -53,17 +53,17 @@ MAX_TOP = 100
 
 
 class KnownEvidence(Protocol):
-    """What queries about slides ask of the evidence of the run."""
+    """What queries about slides need from the evidence of the run."""
 
     def names(self) -> dict[int, str]:
         """Return the names of clusters, by number."""
 
     def of_patch(self, slide: ServedSlide, number: int) -> list[dict[str, Any]] | None:
-        """Return what clusters contribute in a patch, the largest first; None where it is not in the sample."""
+        """Return what clusters contribute in a patch, the largest first; None if it is not in the sample."""
 
 
 class Queries:
-    """Answers queries about slides; the tables of the slides used last are kept."""
+    """Answers queries about slides; the tables of the most recently used slides are kept."""
 
     def __init__(
         self,
@@ -80,7 +80,7 @@ class Queries:
         self._tables: Cache[tuple[str, str], PatchTable] = Cache(TABLE_BYTES, lambda table: table.nbytes)
 
     def slide(self, key: str) -> dict[str, Any]:
-        """Describe a slide; the reason why it cannot be opened is part of the description."""
+        """Describe a slide; if it cannot be opened, the reason is part of the description."""
         slide = self._archive.find(key)
         spread, windows, compared = self._spread(slide), self._windows(), self._compared(slide)
         audit = {"audit": audit_address(self._archive, slide)}
@@ -104,7 +104,7 @@ class Queries:
         return asdict(found) | {"values": [*found.values, *beside], "cluster": self._cluster(slide, y, x)}
 
     def _cluster(self, slide: ServedSlide, y: float, x: float) -> int | None:
-        """Return the number of the cluster at a place, one more than there are for none; None where nobody looked."""
+        """Return the number of the cluster at a place, or their count if it has none; None if it was not looked at."""
         layer = self._clusters.of(slide)
         try:
             found = None if layer is None else self._heatmaps.at(layer, y, x)
@@ -183,7 +183,7 @@ class Queries:
 COORDINATES = ("y", "x")
 TEXTS = ("status", "cause")
 DIRECTIONS = ("E", "NE", "N", "NW", "W", "SW", "S", "SE")
-MAX_CANDIDATES = 50_000  # of a top-k, of which neighbours are left out
+MAX_CANDIDATES = 50_000  # of a top-k from which neighbours are left out
 
 
 class PatchTable:
@@ -201,7 +201,7 @@ class PatchTable:
         return len(self.y)
 
     def at(self, y: float, x: float) -> int | None:
-        """Return the patch that covers level-0 (y, x); of several, the one whose centre is nearest."""
+        """Return the patch that covers level-0 (y, x); if there are several, the one whose centre is nearest."""
         height, width = self.footprint
         inside = (self.y <= y) & (y < self.y + height) & (self.x <= x) & (x < self.x + width)
         (found,) = np.nonzero(inside)
@@ -238,7 +238,7 @@ class PatchTable:
         return chosen
 
     def row(self, number: int) -> dict[str, Any]:
-        """Return all columns of a patch; None for values that are not known.
+        """Return all columns of a patch; None for unknown values.
 
         Raises:
             NotShownError: there is no such patch.
@@ -250,7 +250,7 @@ class PatchTable:
         return row | {name: _known(array[number]) for name, array in self.values.items()}
 
     def value(self, column: str, number: int) -> float | None:
-        """Return one value of a patch; None if it is not known."""
+        """Return one value of a patch; None if it is unknown."""
         return _known(self._column(column)[number])
 
     def _column(self, name: str) -> NDArray[np.float64]:
@@ -271,7 +271,7 @@ class PatchTable:
 
 
 def _floats(table: pa.Table, name: str) -> NDArray[np.float64]:
-    """Return a column as float64, so that JSON shows the numbers that are stored; null becomes NaN."""
+    """Return a column as float64, so that JSON shows the stored numbers; null becomes NaN."""
     return np.asarray(table.column(name).to_numpy(), np.float64)
 
 
@@ -325,7 +325,7 @@ def slide_facts(
 ) -> dict[str, Any]:
     """Describe a slide: its image, its heatmap with its spread, its patches, and the reasons why parts are missing.
 
-    `windows` are those of the whole run, as far as they are known.
+    `windows` are those of the whole run, as far as they are known yet.
     """
     result = slide.result
     facts: dict[str, Any] = {
@@ -374,7 +374,7 @@ def _add_classes(facts: dict[str, Any], slide: ServedSlide) -> None:
 
 
 def _add_clusters(facts: dict[str, Any], layer: Clustered | None, names: Callable[[], dict[int, str]]) -> None:
-    """Add the channel of the clusters of the evidence, with their names by now and colours, as `clustered`."""
+    """Add the channel of the clusters of the evidence, with their current names and colours, as `clustered`."""
     facts["clustered"] = None
     if layer is not None:
         named = names()

@@ -1,6 +1,6 @@
 """HTTP responses: JSON, images that browsers may cache, files by byte range, and errors as statuses.
 
-Reports, overviews, heatmaps and the page's own modules are served as they are.
+Reports, overviews, heatmaps and the page's own modules are served unchanged.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 IMMUTABLE = "private, max-age=31536000, immutable"  # for addresses that contain a version
 REVALIDATE = "private, no-cache"
 NO_STORE = "no-store"
-BODY_S = 15.0  # for all that a page sends
-# Larger files are requested in several parts, which bounds the memory of a response.
+BODY_S = 15.0  # for everything that a page sends
+# Larger files are requested in parts, which bounds the memory of a response.
 MAX_BYTES = 32 << 20
 WHOLE_NUMBER = re.compile(r"\d{1,9}", re.ASCII)
 BYTE_RANGE = re.compile(r"bytes=(?:(\d{1,18})-(\d{0,18})|-(\d{1,18}))", re.ASCII)
@@ -72,7 +72,7 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (OutsideError, 403),
     (RangeError, 416),
     (MarkError, 400),
-    (ConfigError, 400),  # a file beside the results that somebody has written
+    (ConfigError, 400),  # a file that somebody has put beside the results
     (SlideReadError, 502),
     (SlideError, 404),
     (BusyError, 503),
@@ -80,27 +80,27 @@ STATUSES: tuple[tuple[type[Exception], int], ...] = (
     (StoreError, 404),  # damaged metadata
 )
 
-# What reading metadata of unforeseen types and values ends with, and JSON of what is not finite.
+# Raised when metadata have unexpected types or values, and by JSON for values that are not finite.
 MALFORMED = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 Handler = Callable[["Request"], Awaitable[Response]]
 
 
 def json_response(value: Any) -> Response:
-    """Return a value as JSON, which is never cached."""
+    """Return a value as JSON that is never cached."""
     return JSONResponse(value, headers={"Cache-Control": NO_STORE})
 
 
 def image_response(data: bytes, media_type: str, immutable: bool) -> Response:
-    """Return an encoded image; an immutable one has an address whose version covers all that it depends on."""
+    """Return an encoded image; an immutable one has an address whose version covers everything it depends on."""
     return Response(data, media_type=media_type, headers={"Cache-Control": IMMUTABLE if immutable else NO_STORE})
 
 
 async def sent_json(request: Request) -> dict[str, Any]:
-    """Return the mapping that a request sends as JSON, once all of it has come.
+    """Return the mapping sent by a request as JSON, once all of it has arrived.
 
     Raises:
-        MarkError: it is larger than marks and names are, comes too slowly, or is no mapping in JSON.
+        MarkError: it is larger than marks and names can be, arrives too slowly, or is not a JSON mapping.
     """
     data = b""
     with anyio.move_on_after(BODY_S) as scope:
@@ -120,7 +120,7 @@ async def sent_json(request: Request) -> dict[str, Any]:
 
 
 def whole_number(text: str) -> int:
-    """Return a whole number of an address.
+    """Return a whole number from an address.
 
     Raises:
         TileError: the text is not one, or has more than nine digits.
@@ -131,7 +131,7 @@ def whole_number(text: str) -> int:
 
 
 def coordinate(text: str) -> float:
-    """Return a coordinate of an address, in level-0 px.
+    """Return a coordinate from an address, in level-0 px.
 
     Raises:
         NotShownError: the text is not a finite number.
@@ -146,7 +146,7 @@ def coordinate(text: str) -> float:
 
 
 def etag_response(request: Request, data: bytes, media_type: str, headers: dict[str, str] | None = None) -> Response:
-    """Return a file, or 304 where the browser's copy is still valid; browsers revalidate their copy each time."""
+    """Return a file, or 304 if the browser's copy is still valid; browsers revalidate their copy each time."""
     tag = f'"{hashlib.sha256(data).hexdigest()[:32]}"'
     known = {"ETag": tag, "Cache-Control": REVALIDATE, **(headers or {})}
     if tag in request.headers.get("if-none-match", ""):
@@ -155,7 +155,7 @@ def etag_response(request: Request, data: bytes, media_type: str, headers: dict[
 
 
 def range_response(request: Request, path: StoragePath, media_type: str) -> Response:
-    """Return a file, or the byte range of it that the request names.
+    """Return a file, or the byte range requested.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -179,8 +179,8 @@ def range_response(request: Request, path: StoragePath, media_type: str) -> Resp
 def byte_range(header: str, size: int) -> tuple[int, int]:
     """Return (start, stop) of a Range header (RFC 9110, section 14) for a file of `size` bytes.
 
-    Several ranges in one request are refused: readers of Zarr need one, and thousands of small ones would cost far
-    more than they carry.
+    Requests with several ranges are refused: readers of Zarr need one, and thousands of small ones would cost far more
+    than the data are worth.
 
     Raises:
         RangeError: it is not a single range of bytes, or the file has none of them.
@@ -242,7 +242,7 @@ MEDIA_TYPES = {
 
 
 class Files:
-    """Finds the files of a run that requests name."""
+    """Finds the files of a run that are requested."""
 
     def __init__(self, archive: Archive) -> None:
         self._archive = archive
@@ -250,7 +250,7 @@ class Files:
     def file(self, request: Request, name: str) -> Response:
         """Return a report of the run, of its audit or of a slide's audit, or a slide's overview.
 
-        Paths are those below OUT, so that links from one page to another lead to the same files as on the disk.
+        Paths are those below OUT, so that links between pages lead to the same files as on disk.
 
         Raises:
             NotShownError: there is no such file.
@@ -284,7 +284,7 @@ class Files:
             raise _not_found(error) from error
 
     def _find(self, path: str) -> StoragePath:
-        """Return the file of a request's path: one of a few of the run, or of a few in the folder of a slide."""
+        """Return the file of a request's path: one of a few of the run, or one of a few in a slide's folder."""
         out, (folder, _, name) = self._archive.out, path.rpartition("/")
         if path in RUN_FILES:
             return out / path
@@ -297,7 +297,7 @@ class Files:
 
 
 def _not_found(error: OSError) -> WsiGradcamError:
-    """Return an error for a missing file, also where the path is a folder's; other errors of the store as they are."""
+    """Return an error for a missing file, or for a path of a folder; other errors of the store are unchanged."""
     is_missing = isinstance(error, FileNotFoundError) or isinstance(error.__cause__, IsADirectoryError)
     if not is_missing and isinstance(error, StoreError):
         return error
@@ -305,7 +305,7 @@ def _not_found(error: OSError) -> WsiGradcamError:
 
 
 def page_routes(folder: Path = PAGE) -> list[Route]:
-    """Return the routes of `/` and `/page/...`, whose files are read now: no request names a path on the disk.
+    """Return the routes of `/` and `/page/...`, whose files are read now: no request names a path on disk.
 
     Raises:
         ConfigError: the package was built without OpenSeadragon.

@@ -1,11 +1,11 @@
-"""The server of the viewer: bounds on its connections, and a check of each request before a handler sees it.
+"""The viewer's server: limits on its connections, and a check of each request before a handler sees it.
 
-The server shows patients' slides. A web page of another site, open in the same browser, must not reach it: neither
-directly (refused by origin and fetch metadata, and nothing is shared across origins), nor by a name that it lets point
-to 127.0.0.1 (refused by the Host header). From other machines a token is needed.
+The server shows patients' slides. A web page from another site, open in the same browser, must not reach it: neither
+directly (refused by origin and fetch metadata, and nothing is shared across origins), nor by a name that resolves to
+127.0.0.1 (refused by the Host header). From other machines a token is needed.
 
-uvicorn alone waits without end for a request that never ends, and for a client that never reads; its limit of
-concurrency counts such connections, so a thousand of them would lock everyone else out.
+On its own, uvicorn waits forever for a request that never ends, and for a client that never reads; its concurrency
+limit counts such connections, so a thousand of them would lock everyone else out.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 BACKLOG = 256
 KEEP_ALIVE_S = 30
 MAX_CONNECTIONS = 512
-REQUEST_TIMEOUT_S = 15.0  # for a whole request, from the connection or the last response on
-STALL_TIMEOUT_S = 30.0  # for a client that reads nothing of its response
+REQUEST_TIMEOUT_S = 15.0  # for a whole request, counted from the connection or the last response
+STALL_TIMEOUT_S = 30.0  # for a client that does not read its response
 CHECK_EVERY_S = 1.0
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
 COOKIE = "wsi-gradcam"
@@ -50,8 +50,8 @@ PAGE_POLICY = (
     "img-src 'self' data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
     "frame-ancestors 'none'"
 )
-# A report is a file that someone made: it may look as it likes, but runs no scripts, connects to nothing, opens nothing
-# and leads nowhere by itself. It keeps its origin, without which browsers would not fetch its pictures.
+# A report is a file that someone made: it may look as it likes, but it runs no scripts, connects to nothing, opens
+# nothing and navigates nowhere on its own. It keeps its origin, without which browsers would not fetch its pictures.
 REPORT_POLICY = (
     "sandbox allow-same-origin; "
     "default-src 'none'; img-src 'self' data:; style-src 'self' 'unsafe-inline'; font-src data:; base-uri 'none'; "
@@ -64,19 +64,19 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
 }
-# A name or an IPv4 address, or an IPv6 address in brackets; and a port. Nothing else is a Host header of a browser.
+# A name or an IPv4 address, or an IPv6 address in brackets, and a port. Browsers send nothing else as a Host header.
 HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9_.-]{1,253}))(?::[0-9]{1,5})?", re.ASCII)
 MAX_TARGET_BYTES = 4096
-WRITING = ("/api/marks", "/api/names")  # the only paths that take what a page sends
+WRITING = ("/api/marks", "/api/names")  # the only paths that accept data from a page
 
 
 @dataclass(frozen=True)
 class Access:
-    """The clients that a server answers.
+    """The clients that a server responds to.
 
     Attributes:
-        hosts: names and addresses by which the server may be called, without ports.
-        any_address: whether it may also be called by any IP address, since it listens on all of them.
+        hosts: names and addresses under which the server may be reached, without ports.
+        any_address: whether it may also be reached under any IP address, since it listens on all of them.
         token: the token that clients must present; "" for none.
         codes: tokens that admit one browser each.
     """
@@ -88,7 +88,7 @@ class Access:
 
     @classmethod
     def for_host(cls, host: str, token: str, more: Iterable[str] = ()) -> Access:
-        """Return the access to a server that listens on `host`; `more` are names by which a proxy calls it."""
+        """Return the access to a server that listens on `host`; `more` are names under which a proxy reaches it."""
         names = frozenset(name.lower() for name in more)
         if is_loopback(host):
             return cls(LOOPBACK | names | {host.lower()}, token=token)
@@ -96,20 +96,20 @@ class Access:
         return cls(LOOPBACK | names | own, host in ("0.0.0.0", "::", ""), token)
 
     def cookie(self, scheme: str = "http") -> str:
-        """Return the name of the cookie, other than those of other servers.
+        """Return the name of the cookie, which differs from those of other servers.
 
-        Over TLS no page without encryption can set one of that name. (`__Host-` would say the same of other hosts, but
-        such a cookie lies below "/", and so goes to all ports.)
+        Over TLS, no page without encryption can set a cookie of that name. (`__Host-` would also exclude other hosts,
+        but such a cookie has the path "/", and is therefore sent to all ports.)
         """
         name = f"{COOKIE}-{hashlib.sha256(self.token.encode()).hexdigest()[:16]}"
         return f"__Secure-{name}" if scheme == "https" else name
 
     @property
     def folder(self) -> str:
-        """The path below which the page lies where there is a token, "/.../"; no other server knows it.
+        """The path of the page if there is a token, "/.../"; no other server knows it.
 
-        Browsers send the cookies of a host to all its ports, but only below their path: a server on another port, to
-        which a link or a refresh leads, gets none.
+        Browsers send the cookies of a host to all its ports, but only below their path: a server on another port that a
+        link or a refresh leads to gets none.
         """
         return f"/{hashlib.sha256(b'folder' + self.token.encode()).hexdigest()[:32]}/" if self.token else "/"
 
@@ -123,21 +123,21 @@ class Access:
         return hmac.compare_digest(token.encode(), self.token.encode())
 
     def admits(self, token: str) -> bool:
-        """Return whether a token in an address is the right one, or a code, which is used up by that."""
+        """Return whether a token in an address is the right one, or a code, which this uses up."""
         code = next((code for code in self.codes if hmac.compare_digest(token.encode(), code.encode())), None)
         self.codes.discard(code or "")
         return code is not None or self.allows(token)
 
 
 def is_loopback(host: str) -> bool:
-    """Return whether only this machine reaches a server on `host`."""
+    """Return whether only this machine can reach a server on `host`."""
     if host.lower() == "localhost":
         return True
     return _is_address(host) and ipaddress.ip_address(host).is_loopback
 
 
 def host_of(header: str) -> str:
-    """Return the host of a Host header, without its port; "" for what is none (RFC 9112, section 3.2).
+    """Return the host of a Host header, without its port; "" if it is invalid (RFC 9112, section 3.2).
 
     >>> host_of("127.0.0.1:8000"), host_of("[::1]:80"), host_of("Slides.example")
     ('127.0.0.1', '::1', 'slides.example')
@@ -151,7 +151,7 @@ def host_of(header: str) -> str:
 
 
 class AccessMiddleware:
-    """ASGI middleware that passes on the requests that `Access` allows, and adds headers to each response."""
+    """ASGI middleware that passes on requests allowed by `Access`, and adds headers to each response."""
 
     def __init__(self, app: ASGIApp, access: Access) -> None:
         self._app, self._access = app, access
@@ -174,7 +174,7 @@ class AccessMiddleware:
         await (refusal or self._app)(below or scope, receive, send_with_headers)
 
     def _below_folder(self, scope: Scope) -> Scope | None:
-        """Return the request as one without the page's own folder before its path; None where that is not there."""
+        """Return the request without the page's own folder at the start of its path; None if that is missing."""
         folder = self._access.folder
         if not hmac.compare_digest(scope["path"][: len(folder)].encode(), folder.encode()):
             return None
@@ -215,10 +215,10 @@ class AccessMiddleware:
 
 
 def _admitted(address: str, headers: Mapping[str, str]) -> Response:
-    """Return the answer that leads a browser on to the page.
+    """Return the response that takes a browser to the page.
 
-    A strict cookie is not sent with a request that a page elsewhere began, nor after its redirects: such a browser,
-    as one that comes from the file of `--open`, gets a page of ours that begins a new request.
+    A strict cookie is not sent with a request started by a page elsewhere, nor after its redirects: such a browser,
+    like one that comes from the file of `--open`, gets a page of ours that starts a new request.
     """
     kept = {"Cache-Control": "no-store"}
     if headers.get("sec-fetch-site", "none") in ("none", "same-origin"):
@@ -227,12 +227,12 @@ def _admitted(address: str, headers: Mapping[str, str]) -> Response:
 
 
 def redirecting_page(address: str) -> str:
-    """Return a page that leads to an address at once."""
+    """Return a page that redirects to an address at once."""
     return f'<!doctype html><meta http-equiv="refresh" content="0; url={html.escape(address)}">'
 
 
 def _is_cross_site(headers: Mapping[str, str], path: str) -> bool:
-    """Return whether a page of another site makes the request; a link to our page itself is allowed."""
+    """Return whether the request comes from a page of another site; a link to our page itself is allowed."""
     origin = headers.get("origin")
     host = headers.get("host", "").lower()
     if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
@@ -243,16 +243,16 @@ def _is_cross_site(headers: Mapping[str, str], path: str) -> bool:
 
 
 def _refuse_writing(scope: Scope, headers: Mapping[str, str]) -> Response | None:
-    """Refuse requests that would change anything, but those of our own page that keep marks and names, as JSON.
+    """Refuse requests that would change anything, except those of our own page that store marks and names, as JSON.
 
-    Browsers say of each POST which page makes it; a page of another site can neither claim to be ours nor send JSON
-    without asking first, which nothing here allows.
+    Browsers state for each POST which page it comes from; a page of another site can neither claim to be ours nor send
+    JSON without asking first, which nothing here allows.
     """
     if scope["method"] != "POST" or scope["path"] not in WRITING:
         return Response("only GET and HEAD are answered\n", 405, {"Allow": "GET, HEAD"}, "text/plain")
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         return _refuse(415, "marks and names are sent as application/json")
-    if "origin" not in headers:  # which another check compares
+    if "origin" not in headers:  # compared by another check
         return _refuse(403, "marks and names are kept for the viewer's own page, which sends its Origin")
     return None
 
@@ -293,7 +293,7 @@ class BoundedProtocol(H11Protocol):
         if len(self.connections) > MAX_CONNECTIONS:
             others = [other for other in self.connections if isinstance(other, BoundedProtocol) and other.is_idle]
             longest = min(others, key=lambda other: other._waiting_since)
-            self.connections.discard(longest)  # at once: many more may be accepted before it is reported lost
+            self.connections.discard(longest)  # immediately: many more may be accepted before its loss is reported
             longest.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -346,7 +346,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(app: Starlette, tls: tuple[str, str] | None = None) -> uvicorn.Server:
-    """Return a server with our bounds, to be run with a bound socket; `tls` are files of a certificate and its key.
+    """Return a server with our limits, to be run with a bound socket; `tls` are files of a certificate and its key.
 
     Raises:
         ConfigError: these cannot be used.
@@ -369,7 +369,7 @@ def make_server(app: Starlette, tls: tuple[str, str] | None = None) -> uvicorn.S
             proxy_headers=False,
         )
         config.load()
-    except OSError as error:  # of ssl, too
+    except OSError as error:  # from ssl, too
         raise ConfigError(
             f"--tls {certificate} {key}: {one_line(error)}; expected certificate and key in PEM"
         ) from error
@@ -377,5 +377,5 @@ def make_server(app: Starlette, tls: tuple[str, str] | None = None) -> uvicorn.S
 
 
 def url_host(host: str) -> str:
-    """Return a host as addresses of pages have it: IPv6 in brackets."""
+    """Return a host as written in addresses of pages: IPv6 in brackets."""
     return f"[{host}]" if ":" in host else host
