@@ -1,14 +1,14 @@
 """What does the model look at, across the archive?
 
 The places that carry its evidence are sorted into kinds of morphology (Spectral Relevance Analysis, Lapuschkin 2019,
-doi 10.1038/s41467-019-08987-4): each with its share of the evidence, its pictures, the slides on which it occurs, and
-what happens to the answer when it is removed. `running.evidence_run` does it. Here stands what the numbers depend on
-and where they lie; `stages` runs the model, `clusters` finds the kinds, `labels` writes what they are on each slide,
-`findings` counts and tests, `page` reports.
+doi 10.1038/s41467-019-08987-4), each with its share of the evidence, its pictures, the slides on which it occurs, and
+what happens to the answer when it is removed. `running.evidence_run` does this. This module defines what the numbers
+depend on and where they are stored; `stages` runs the model, `clusters` finds the kinds, `labels` writes where they are
+on each slide, `findings` counts and tests, `page` reports.
 
-What grows with the archive is written and read by workers, slide by slide: three passes over the slides of the sample
-measure places, sort them, and look again at a few patches of each kind. The client reads a bounded number of places, to
-find the kinds, and the sums of each slide.
+Anything that grows with the archive is written and read by workers, slide by slide: three passes over the slides of the
+sample measure places, sort them, and look again at a few patches of each kind. The client reads only a bounded number
+of places, to find the kinds, and the sums of each slide.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ if TYPE_CHECKING:
     from wsi_gradcam.io.paths import StoragePath
     from wsi_gradcam.run.plan import RunPlan
 
-FORMAT = 3  # of the numbers; raised when old ones must not be continued
+FORMAT = 3  # of the numbers; increased when old ones must not be continued
 PLACES = 20_000
 DRAWN = 4  # places of a patch
-PIECE = 64  # patches that are measured and stored together
-PROBED = 48  # patches whose answers are compared with those of random copies, of all slides together
+PIECE = 64  # patches measured and stored together
+PROBED = 48  # patches whose answers are compared with those of random copies, over all slides
 # Of kinds by their number, in the page, in label images and in exports; distinct on pink and violet tissue.
 COLOURS = (
     *("E69F00", "0072B2", "009E73", "F0E442", "56B4E9", "D55E00", "000000", "CC79A7"),
     *("117733", "88CCEE", "332288", "999933", "AA4499", "44AA99", "661100", "BBBBBB"),
 )
-BARE_GLASS = "bare glass"  # the name of a kind that is that, unless it is given another
-NOTHING = 255  # in label images: looked at, and of no kind
-PRESENT = 0.01  # of a slide's evidence, from which a kind is said to occur on it
+BARE_GLASS = "bare glass"  # the name of such a kind, unless it is given another
+NOTHING = 255  # in label images: looked at, but of no kind
+PRESENT = 0.01  # of a slide's evidence; from this share on, a kind is said to occur on it
 
 
 @dataclass(frozen=True)
 class EvidenceSettings:
-    """The settings of `wsi-gradcam evidence`. Each field is a flag, and its description the flag's help."""
+    """The settings of `wsi-gradcam evidence`. Each field is a flag, and its description is the flag's help."""
 
     places: Annotated[
         int, Field(description="about so many places, which are cells of the explained layer, of all slides together")
@@ -95,10 +95,10 @@ class EvidenceSettings:
         self.drawings()
 
     def drawings(self) -> AuditSettings:
-        """Return the settings of an audit that draws as many patches and reads the same annotations and regions.
+        """Return the settings of an audit with the same number of patches, annotations and regions.
 
         Raises:
-            ConfigError: a path does not exist, or is of no known form.
+            ConfigError: a path does not exist, or its format is not known.
         """
         return AuditSettings(
             patches=max(1, -(-self.places // DRAWN)),
@@ -111,12 +111,12 @@ class EvidenceSettings:
 
 @dataclass(frozen=True, slots=True)
 class SlideShare:
-    """What is drawn from a slide; it is known before the slide's table is read, which a worker does.
+    """What is drawn from a slide; known before a worker reads the slide's table.
 
     Attributes:
-        patches: about so many.
+        patches: approximate number of patches.
         stands_for: how many slides of the archive it stands for.
-        like: the digest of another run's evidence whose patches are taken, or "".
+        like: the digest of another run's evidence whose patches are used, or "".
     """
 
     patches: int
@@ -130,14 +130,14 @@ class SlideShare:
 
 @dataclass(frozen=True)
 class Shown:
-    """A patch that is looked at again once kinds are known: an example of a kind, or one in which it is covered.
+    """A patch that is looked at again once kinds are known: an example of a kind, or one in which a kind is covered.
 
     Attributes:
         number: in the slide's table.
         yx: level-0 px of its top left corner.
         weight: how many patches it stands for.
         kind: which kind.
-        example: "typical" or "extreme"; "" where it is only covered.
+        example: "typical" or "extreme"; "" if the kind is only covered in it.
         covered: whether the kind is covered in it.
     """
 
@@ -154,22 +154,23 @@ Pass = Literal["measure", "sort", "show"]
 
 @dataclass(frozen=True, kw_only=True)
 class EvidencePlan:
-    """The plan; workers get it once for each of the three passes over the slides.
+    """The plan; it is sent to workers once for each of the three passes over the slides.
 
     Attributes:
-        run: the run whose model and slides these are; its model runs eagerly in float32.
+        run: the run whose model and slides are used; its model runs eagerly in float32.
         run_digest: of the run's results.
         target: whose evidence it is.
         shares: what is drawn from each slide, by its id.
-        counts: how many patches were drawn, by slide id; from the second pass on, of slides that have any.
+        counts: how many patches were drawn, by slide id; from the second pass on, for slides that have any.
         step: which pass it is.
         kinds: from the second pass on.
         names: that kinds have, by number.
-        given: digest of the annotations, regions and marks that kinds are compared with.
+        given: digest of the annotations, regions and marks with which kinds are compared.
         against: the folder of another run whose evidence this one's is compared with, and the digest of that; or "".
-        others: how many kinds that has.
-        single: whether sums are kept for single patches, as intervals of fewer than six slides need them.
-        unit: what the model answers for. Where that is a slide, a place is a patch, else a cell of the explained layer.
+        others: the number of kinds in that evidence.
+        single: whether sums are kept for single patches, as needed for intervals from fewer than six slides.
+        unit: what the model predicts for. If it is a slide, a place is a patch, otherwise a cell of the explained
+            layer.
         shown: in the third pass, patches by slide id.
     """
 
@@ -191,7 +192,7 @@ class EvidencePlan:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """All that the measured numbers depend on."""
+        """Everything the measured numbers depend on."""
         sample = json.dumps({name: one.to_json() for name, one in sorted(self.shares.items())}, sort_keys=True)
         return {
             "format": FORMAT,
@@ -209,23 +210,23 @@ class EvidencePlan:
 
     @cached_property
     def sample_digest(self) -> str:
-        """The sha256 of `identity` for the patches that were drawn."""
+        """The sha256 of `identity` for the drawn patches."""
         return sample_digest(self.digest)
 
     @cached_property
     def cells_digest(self) -> str:
-        """The sha256 of `identity` and of the kinds, by which patches are sorted."""
+        """The sha256 of `identity` and of the kinds into which patches are sorted."""
         assert self.kinds is not None
         return _digest([self.identity, self.kinds.digest()])
 
     @cached_property
     def sums_digest(self) -> str:
-        """The sha256 of what a slide's sums depend on, too."""
+        """The sha256 that also includes what a slide's sums depend on."""
         return _digest([self.cells_digest, self.given, self.single, "sums"])
 
     @cached_property
     def compared_digest(self) -> str:
-        """The sha256 of these kinds and of the evidence that they are compared with."""
+        """The sha256 of these kinds and of the evidence with which they are compared."""
         return _digest([self.cells_digest, self.against[1]])
 
     @cached_property
@@ -241,15 +242,15 @@ class EvidencePlan:
 
     @property
     def drawn(self) -> int:
-        """The number of places that are drawn from a patch."""
+        """The number of places drawn from a patch."""
         return 1 if self.unit == "slide" else DRAWN
 
     def pieces(self, slide: str) -> int:
-        """Return the number of pieces of a slide's sample, or in the third pass of its patches that are shown."""
+        """Return the number of pieces of a slide's sample or, in the third pass, of its shown patches."""
         return -(-(len(self.shown[slide]) if self.step == "show" else self.counts[slide]) // PIECE)
 
     def probed(self, slide: str) -> int:
-        """Return how many of a slide's patches, from the first on, are given to random copies of the model.
+        """Return how many of a slide's first patches are passed to random copies of the model.
 
         There may be fewer.
         """
@@ -263,7 +264,7 @@ class EvidencePlan:
 
 
 def sample_digest(digest: str) -> str:
-    """Return the digest of the patches that the evidence of a digest is drawn from."""
+    """Return the digest of the patches from which evidence with this digest was drawn."""
     return _digest([digest, "sample"])
 
 
@@ -273,16 +274,16 @@ def _digest(values: Any) -> str:
 
 @dataclass(frozen=True)
 class EvidenceFolder(AuditFolder):
-    """OUT/evidence. Pieces are kept as those of an audit are, and named by the digest that they belong to."""
+    """OUT/evidence. Pieces are stored like those of an audit, and named after the digest they belong to."""
 
     @property
     def metrics(self) -> StoragePath:
-        """All that was found, written at the end."""
+        """Everything that was found, written at the end."""
         return self.place / "evidence.json"
 
     @property
     def kinds(self) -> StoragePath:
-        """What kinds consist of, by which their names are kept when they are found anew."""
+        """What kinds consist of, so that their names can be kept when they are found again."""
         return self.place / "kinds.npz"
 
     @property
@@ -292,7 +293,7 @@ class EvidenceFolder(AuditFolder):
 
     @property
     def names(self) -> StoragePath:
-        """Names that the user gives to kinds."""
+        """The names given to kinds by the user."""
         return self.place / "names.yaml"
 
     def places(self, slide_id: str) -> StoragePath:
@@ -308,7 +309,7 @@ class EvidenceFolder(AuditFolder):
         return self.slide(slide_id) / "clusters.ome.zarr"
 
     def forget(self, slide_id: str) -> None:
-        """Delete all that was written of a slide; files that are not ours stay."""
+        """Delete everything that was written about a slide; other people's files stay."""
         self.places(slide_id).remove()
         self.forget_labels(slide_id)
         super().forget(slide_id)
@@ -335,7 +336,7 @@ class DrawnPatches:
 
     @classmethod
     def of(cls, numbers: Sequence[int], yx: Sequence[tuple[int, int]], weights: Sequence[float]) -> DrawnPatches:
-        """Return those of plain values."""
+        """Return those given as plain values."""
         return cls(np.array(numbers, np.int64), np.array(yx, np.int64).reshape(-1, 2), np.array(weights, np.float64))
 
     def __len__(self) -> int:
@@ -346,11 +347,11 @@ class DrawnPatches:
         return self.only(slice(number * PIECE, (number + 1) * PIECE))
 
     def only(self, rows: Any) -> DrawnPatches:
-        """Return some of them."""
+        """Return some of the patches."""
         return DrawnPatches(self.numbers[rows], self.yx[rows], self.weights[rows])
 
     def shared(self, table: pa.Table) -> DrawnPatches:
-        """Return those that another run's table of the slide has and could read, with its numbers of them."""
+        """Return those in another run's table of the slide that it could read, with the numbers it gave them."""
         columns = (table.column(name).to_pylist() for name in ("y", "x", "status"))
         there = {(y, x): i for i, (y, x, status) in enumerate(zip(*columns, strict=True)) if status == "ok"}
         numbers = np.array([there.get((y, x), -1) for y, x in self.yx.tolist()], np.int64)
@@ -363,13 +364,13 @@ class DrawnPatches:
 
 
 def drawn_patches(folder: EvidenceFolder, slide: str, digest: str) -> DrawnPatches:
-    """Return the patches of a slide that were drawn; raises FileNotFoundError where none were."""
+    """Return the patches drawn from a slide; raises FileNotFoundError if none were."""
     arrays = read_arrays(folder.batch(slide, digest, 0))
     return DrawnPatches(arrays["patch/number"], arrays["patch/yx"], arrays["patch/weight"])
 
 
 def is_given(name: str) -> bool:
-    """Return whether a file below OUT/evidence is given by the user, and no result: the names of kinds."""
+    """Return whether a file below OUT/evidence comes from the user and is not a result: the names of kinds."""
     return name == "names.yaml"
 
 

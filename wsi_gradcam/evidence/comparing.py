@@ -1,7 +1,7 @@
-"""Evidence beside evidence: that of another model on the same places, and names that kinds had before.
+"""Evidence beside other evidence: that of another model at the same places, and the names that kinds had before.
 
-What the one model looks at is compared with what the other does at the same places: the share of its evidence on each
-kind, and the share of the other's evidence there, slide by slide. No kinds need be alike for that.
+What one model looks at is compared with what the other looks at in the same places: the share of its evidence on each
+kind, and the share of the other's evidence there, slide by slide. Kinds do not have to match for that.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-MUCH = 0.05  # of all evidence, by which shares differ at least where that is told
-SAME = 0.5  # of two kinds, of each on the other, from which they are said to be the same
-SURE, LIKELY = 0.9, 0.7  # cosines of directions from which a kind is surely, or perhaps, one that had a name
+MUCH = 0.05  # of all evidence; smaller differences of shares are not reported
+SAME = 0.5  # of each of two kinds on the other; from this share on they count as the same
+SURE, LIKELY = 0.9, 0.7  # cosines of directions from which a kind certainly, or possibly, is one that had a name
 UNSURE = " (unsure)"  # behind a name
 MOST_ROWS = 1 << 16  # of a table of places at once
 
 
 @dataclass(frozen=True, eq=False)
 class OtherEvidence:
-    """The finished evidence of another run.
+    """Finished evidence of another run.
 
     Attributes:
         footprints: (height, width) of patches in level-0 px, by the id of each slide that it has patches of.
         plan: digest of its plan.
-        digest: of all that was found.
+        digest: of everything that was found.
     """
 
     result: Result
@@ -74,7 +74,7 @@ class OtherEvidence:
         return self.result.out
 
     def shares(self, candidates: Sequence[Candidate]) -> dict[str, SlideShare]:
-        """Return what is drawn from slides that another run has too; raises a ConfigError where there are none."""
+        """Return what to draw from slides that another run has too; raises ConfigError if there are none."""
         there = {
             one.entry.id: SlideShare(one.patches, like=self.plan)
             for one in candidates
@@ -85,7 +85,7 @@ class OtherEvidence:
         return dict(sorted(there.items()))
 
     def nothing_shared(self) -> ConfigError:
-        """Return the error of a run that has none of its patches."""
+        """Return the error for a run that has none of its patches."""
         return ConfigError(
             f"{self.out}: this run has none of the patches whose evidence was sorted there; compare runs on the same "
             "slides, with the same patch size, mpp and stride"
@@ -121,7 +121,7 @@ def open_evidence(out: StoragePathLike) -> OtherEvidence:
 
 
 def evidence_format(plan: Mapping[str, Any]) -> object:
-    """Return the format of the numbers that a plan says; None where it says none."""
+    """Return the format of the numbers stated in a plan; None if it states none."""
     return (plan.get("identity") or {}).get("format")
 
 
@@ -129,8 +129,8 @@ def compare_slide(context: Context[Any], entry: SlideEntry) -> None:
     """Store what each model's evidence on a slide lies on of its own kinds and of the other's, unless that was done.
 
     `here` [2, k + 1, m + 2] is what this model's places contribute for and against the target, by their kind (0 for
-    none) and by the label of the other's image (0 not looked at, m + 1 of no kind); `there` [2, m + 1, k + 2] the same
-    of the other's places.
+    none) and by the label in the other's image (0 not looked at, m + 1 of no kind); `there` [2, m + 1, k + 2] is the
+    same for the other's places.
     """
     plan: EvidencePlan = context.workload.plan
     assert plan.kinds is not None
@@ -166,7 +166,7 @@ def on_labels(places: StoragePath, labels: StoragePath, plan: SlidePlan, kinds: 
 
 
 def compare_evidence(compared: Mapping[str, Arrays], evidence: Evidence, other: OtherEvidence) -> Against:
-    """Return what two models differ in, from what was found of each slide."""
+    """Return how two models differ, from what was found on each slide."""
     here, there = (np.stack([arrays[name] for arrays in compared.values()]) for name in ("here", "there"))
     slides, seed = np.array(list(compared)), evidence.seed
     same = same_kinds(here.sum(axis=0), there.sum(axis=0), evidence, other.evidence)
@@ -194,14 +194,14 @@ def compare_evidence(compared: Mapping[str, Arrays], evidence: Evidence, other: 
 
 
 def _part(sums: Floats, side: int, part: Any) -> tuple[Floats, Floats]:
-    """Return what lies on a part of [k, m] and all that lies where both have looked, each [S] by slide."""
+    """Return the amount on a part of [k, m] and the total where both have looked, each [S] by slide."""
     of_side = sums[:, side]
     own = np.array([one[part].sum() for one in of_side])
     return own, of_side[:, :, 1:].sum(axis=(1, 2))
 
 
 def same_kinds(here: Floats, there: Floats, evidence: Evidence, other: Evidence) -> dict[int, int]:
-    """Return for kinds here the kind there that is the same: most of each lies on the other."""
+    """Return, for kinds here, the same kind there: most of each lies on the other."""
     found = {}
     for kind in evidence.kinds:
         side, i = SIDES.index(kind.side), kind.number
@@ -244,7 +244,7 @@ def _row(
 
 
 def _told(row: AgainstRow) -> AgainstRow:
-    """Return a row with what has changed, where that is beyond chance and much."""
+    """Return a row with what has changed, if that is both large and beyond chance."""
     here, there, gap = row.share.value, row.share_there.value, row.difference.value
     if here is None or there is None or gap is None or (row.p_adjusted or 0.0) > ALPHA or abs(gap) < MUCH:
         return row
@@ -254,7 +254,7 @@ def _told(row: AgainstRow) -> AgainstRow:
 
 
 def _in_words(rows: Sequence[AgainstRow], evidence: Evidence, other: OtherEvidence) -> list[str]:
-    """Return what this model has begun to look at, by its own kinds, and what it has dropped, by the other's."""
+    """Return what this model newly looks at, by its own kinds, and what it no longer looks at, by the other's."""
     found, theirs = [], other.evidence.model
     if theirs == evidence.model:
         theirs = f"the model of {other.out}"
@@ -290,7 +290,7 @@ def _called(row: AgainstRow, model: str) -> str:
 
 @dataclass(frozen=True)
 class Kept:
-    """A name that a kind had, and the kind now that it belongs to: its cosine; `is_sure` where it is high."""
+    """A name that a kind had, and the kind it belongs to now, with the cosine; `is_sure` if that is high."""
 
     before: int
     now: int | None
@@ -299,7 +299,7 @@ class Kept:
 
     @property
     def is_sure(self) -> bool:
-        """True where the two kinds are surely the same."""
+        """True if the two kinds are certainly the same."""
         return self.now is not None and self.likeness >= SURE
 
 
@@ -311,7 +311,7 @@ def directions(kinds: Kinds) -> Arrays:
 
 
 def kept_names(before: Arrays, now: Arrays, names: Mapping[int, str]) -> list[Kept]:
-    """Return for each name that a kind had the kind that it belongs to now; each kind has one name at the most."""
+    """Return, for each name that a kind had, the kind it belongs to now; each kind has at most one name."""
     pairs = []
     if before["directions"].shape[1] == now["directions"].shape[1]:
         likeness = before["directions"] @ now["directions"].T
@@ -330,9 +330,9 @@ def kept_names(before: Arrays, now: Arrays, names: Mapping[int, str]) -> list[Ke
 
 
 def carry_names(folder: EvidenceFolder, kinds: Kinds) -> dict[int, str]:
-    """Return the names that kinds have, by number; where kinds were found anew, names.yaml is written anew, too.
+    """Return the names of kinds, by number; if kinds were found again, names.yaml is rewritten too.
 
-    It is written after kinds.npz, which holds what it will be: a process that is killed between the two is followed.
+    It is written after kinds.npz, which contains its future content, so a process killed between the two is no problem.
     """
     names, now = read_names(folder.names), directions(kinds)
     digest = np.frombuffer(bytes.fromhex(kinds.digest()), np.uint8)
@@ -352,7 +352,7 @@ def carry_names(folder: EvidenceFolder, kinds: Kinds) -> dict[int, str]:
 
 
 def _as_yaml(kept: Sequence[Kept]) -> bytes:
-    """Return names.yaml: a line a name, by the kinds' numbers now; what belongs to none is a comment."""
+    """Return names.yaml: one line per name, with the current numbers of kinds; names without a kind are comments."""
     lines = ["# Clusters were found anew. Their names follow what they consist of; an unsure one is to be looked at."]
     for one in sorted(kept, key=lambda one: (one.now is None, one.now or one.before)):
         name = one.name.removesuffix(UNSURE)

@@ -1,8 +1,8 @@
 """What was found: the kinds of evidence in numbers, tests and plain words.
 
-A kind is a shortcut where two things come together: it is spread unevenly over sites or scanners, by a test that
-permutes slides, and the answer falls where it is covered, by more than where as much is covered elsewhere (of
-slide-level models, where its patches are taken out of the bag). p-values are corrected for all kinds (Holm 1979).
+A kind is a shortcut if two things come together: it is spread unevenly over sites or scanners, by a test that permutes
+slides, and the answer falls when it is covered, by more than when an equal area is covered elsewhere (for slide-level
+models, when its patches are taken out of the bag). p-values are corrected for all kinds (Holm 1979).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
     Floats = NDArray[np.float64]
 
-MUCH_MORE = 3.0  # times denser must a kind be in one group than in the others, to be told
-ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur, the border, or what is given, from which that is told
+MUCH_MORE = 3.0  # a kind must be this many times denser in one group than in the others to be reported
+ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur, the border, or what is given: reported from here on
 FACTORS = ("site", "scanner", "label")
 
 
@@ -73,7 +73,7 @@ class Finding(Row):
 
 
 class TrialRow(Row):
-    """So many kinds of a side, how well they keep (adjusted Rand index) and lie apart (silhouette)."""
+    """A number of kinds of a side, how stable they are (adjusted Rand index) and how far apart (silhouette)."""
 
     side: Side
     kinds: int
@@ -116,7 +116,7 @@ class Evidence(Row):
 
     @property
     def statements(self) -> list[tuple[str, str]]:
-        """All that is stated, in words, each with what sort of statement it is."""
+        """All statements in words, each with its type."""
         nothing = [] if self.worth_sorting else [("nothing", f"There is no evidence worth sorting. {self.learned}")]
         against = [] if self.against is None else [("against", words) for words in self.against.words]
         return [*nothing, *((finding.kind, finding.words) for finding in self.findings), *against]
@@ -134,13 +134,13 @@ class Covered:
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """What the numbers are of, beside the places.
+    """What the numbers are about, besides the places.
 
     Attributes:
         groups: of the slides, such as "site", by slide id.
         names: that the user has given to kinds, by number.
         learned: whether the model has learned anything.
-        level: what it answers for.
+        level: what it predicts for.
         bag_method: of a slide-level model.
     """
 
@@ -161,7 +161,7 @@ class Facts:
 
 
 def find(sums: Tally, choice: Choice | None, covered: Mapping[int, Covered], facts: Facts) -> Evidence:
-    """Return all that is found of places that are sorted into kinds, from their sums."""
+    """Return all findings about places sorted into kinds, from their sums."""
     worth = choice is not None and is_worth_sorting(facts.learned, facts.level)
     kinds = [] if choice is None or not worth else _rows(sums, choice, covered, facts)
     trials = [] if choice is None else [_trial_row(choice, side, i) for side in SIDES for i in _numbers(choice, side)]
@@ -192,7 +192,7 @@ def find(sums: Tally, choice: Choice | None, covered: Mapping[int, Covered], fac
 
 
 def is_worth_sorting(learned: Verdict, level: Unit) -> bool:
-    """Return whether there may be evidence: of a few slides nothing can be told, and they are sorted all the same."""
+    """Return whether there may be evidence: with few slides that cannot be known; places are sorted anyway."""
     return learned.outcome == "holds" or (level == "slide" and learned.outcome == "unclear")
 
 
@@ -234,7 +234,7 @@ def _judged(
 
 
 def uneven(row: KindRow, by: Sequence[str] = ("site", "scanner")) -> list[Spread]:
-    """Return the groupings over which a kind is spread more unevenly than chance makes it, and by much."""
+    """Return the groupings over which a kind is spread much more unevenly than by chance."""
     return [
         one
         for one in row.spread
@@ -251,7 +251,7 @@ def times_more(spread: Spread) -> float:
 
 
 def matters(row: KindRow) -> bool:
-    """Return whether covering a kind moves the answer to its other side, more than covering as much elsewhere does."""
+    """Return whether covering a kind moves the answer to the other side, more than covering an equal area elsewhere."""
     one = row.covering
     if one is None or one.p_adjusted is None or one.difference.value is None:
         return False
@@ -288,7 +288,7 @@ def _row(sums: Tally, number: int, side: Side, covered: Covered | None, facts: F
 
 
 def _patients(own: Floats, of_slide: Mapping[str, float], sums: Tally, facts: Facts) -> dict[str, int | float | None]:
-    """Return on how many patients' slides a kind occurs, of how many, and what share of it is of one patient."""
+    """Return on how many patients' slides a kind occurs, of how many, and what share of it comes from one patient."""
     known = {slide: patient for slide, patient in facts.groups.get("patient", {}).items() if slide in of_slide}
     if not known:
         return {"patients": None, "of_patients": None, "largest_patient": None}
@@ -303,7 +303,7 @@ def _patients(own: Floats, of_slide: Mapping[str, float], sums: Tally, facts: Fa
 
 
 def _on(sums: Tally, what: str, number: int) -> dict[str, float]:
-    """Return the share of a kind that lies on each thing of a sort, by its name."""
+    """Return the share of a kind that lies on each thing of one sort, by name."""
     total, start = float(sums.own_mass[:, number].sum()), f"{what}/"
     return {
         name.removeprefix(start): float(values[number]) / total if total > 0 else 0.0
@@ -327,14 +327,14 @@ def as_share(found: Estimate) -> Share:
 
 
 def _by_slide(part: Floats, whole: Floats, slides: NDArray[np.str_]) -> dict[str, float]:
-    """Return the share of each slide's evidence, by slide id; slides without any are left out."""
+    """Return the share of each slide's evidence, by slide id; slides without evidence are left out."""
     names, member = np.unique(slides, return_inverse=True)
     sums = np.bincount(member, part, len(names)), np.bincount(member, whole, len(names))
     return {name: float(p / w) for name, p, w in zip(names.tolist(), *sums, strict=True) if w > 0}
 
 
 def _spread(of_slide: Mapping[str, float], density: Mapping[str, float], by: str, facts: Facts) -> Spread | None:
-    """Return how a kind is spread over groups of slides; None where the list of slides tells none."""
+    """Return how a kind is spread over groups of slides; None if the list of slides states no groups."""
     known = {name: group for name, group in facts.groups.get(by, {}).items() if name in of_slide}
     if not known:
         return None
@@ -377,7 +377,7 @@ def _covering(covered: Covered, facts: Facts) -> Covering | None:
 
 
 def in_words(kinds: Sequence[KindRow], target: str, level: Unit = "patch") -> list[Finding]:
-    """Return the findings: shortcuts, suspects, then the evidence by its share, then what is unevenly spread."""
+    """Return the findings: shortcuts, suspects, then the evidence by share, then what is unevenly spread."""
     found: list[tuple[int, float, Finding]] = []
     for row in kinds:
         weight = -(row.share.value or 0.0)
@@ -395,7 +395,7 @@ def in_words(kinds: Sequence[KindRow], target: str, level: Unit = "patch") -> li
 
 
 def called(row: KindRow) -> str:
-    """Return what a kind is called in a sentence.
+    """Return the name of a kind for a sentence.
 
     >>> called(KindRow.model_construct(number=3, name="nuclei")), called(KindRow.model_construct(number=3, name=""))
     ('“nuclei” (cluster 3)', 'cluster 3')
@@ -413,7 +413,7 @@ def _shortcut_words(row: KindRow, target: str) -> str:
 
 
 def _suspect(row: KindRow) -> tuple[str, float]:
-    """Return what a kind lies on most, of all that should not decide, and what share of it does."""
+    """Return what a kind lies on most, of everything that should not affect the answer, and what share of it does."""
     marked = {f"what was marked as {kind}": v for kind, v in row.marks.items() if kind in ("artefact", "unexpected")}
     given = {f"“{name}” of the given regions": value for name, value in row.regions.items()}
     return max({**row.suspects, **given, **marked}.items(), key=lambda one: one[1], default=("", 0.0))
@@ -450,7 +450,7 @@ def _uneven_words(row: KindRow, spread: Spread) -> str:
 
 
 def _where(row: KindRow, spread: Spread) -> str:
-    """Return where a kind occurs: on slides of one group alone, or more on those of the first than of the others."""
+    """Return where a kind occurs: only on slides of one group, or more on those of the first than of the others."""
     present = {name: found for name, (found, _) in spread.groups.items() if found}
     if len(present) == 1:
         (name,) = present
@@ -462,7 +462,7 @@ def _where(row: KindRow, spread: Spread) -> str:
 
 
 def _effect(row: KindRow) -> str:
-    """Return what covering a kind does beyond covering as much elsewhere, where that was measured."""
+    """Return what covering a kind does beyond covering an equal area elsewhere, if that was measured."""
     one = row.covering
     assert one is not None
     assert one.difference.value is not None

@@ -1,7 +1,7 @@
 """The label image of a slide: which kind of evidence lies where, on the grid of the slide's heatmap, as OME-NGFF 0.5.
 
-Where patches overlap a pixel is of the one in whose middle it lies most. Beside it: the names of kinds, and a reader of
-a slide's tables.
+Where patches overlap, a pixel belongs to the one in whose middle it lies most. Also here: the names of kinds, and a
+reader of a slide's tables.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Label:
-    """A kind as a label image tells of it."""
+    """A kind as described by a label image."""
 
     number: int
     name: str
@@ -51,7 +51,7 @@ class Label:
 
     @property
     def title(self) -> str:
-        """What it is called where a class has a name: that which was given, or its number.
+        """The name of its class: the one that was given, or its number.
 
         >>> Label(3, "", "for", "009E73").title, Label(3, "mitoses", "for", "009E73").title
         ('cluster 3', 'mitoses')
@@ -60,7 +60,7 @@ class Label:
 
 
 def is_whole(place: StoragePath, plan: EvidencePlan) -> bool:
-    """Return whether the label image of these kinds is there."""
+    """Return whether the label image of these kinds exists."""
     return bool(_attributes(place).get("wsi_gradcam", {}).get("evidence") == plan.cells_digest)
 
 
@@ -75,13 +75,13 @@ def name_labels(place: StoragePath, plan: EvidencePlan, slide: str, slide_plan: 
 def write_labels(
     place: StoragePath, plan: EvidencePlan, slide: str, slide_plan: SlidePlan, pieces: Sequence[Arrays]
 ) -> None:
-    """Write the label image of a slide, from its patches whose cells are sorted."""
+    """Write the label image of a slide from its patches with sorted cells."""
     about = {"run": plan.run_digest, "slide": slide_plan.slide_digest, "target": plan.target.label}
     attributes = {"ome": _metadata(slide, slide_plan, labels_of(plan)), "wsi_gradcam": about}
     write_labels_group(place, slide_plan.level_shapes, CHUNK, SHARD, attributes)
     _paint(place, plan, slide_plan, pieces)
     with place.wrap_write_errors():
-        ZarrGroup(place).group.attrs["wsi_gradcam"] = {"evidence": plan.cells_digest, **about}  # the last: it is whole
+        ZarrGroup(place).group.attrs["wsi_gradcam"] = {"evidence": plan.cells_digest, **about}  # the last: complete
 
 
 def labels_of(plan: EvidencePlan) -> list[Label]:
@@ -152,7 +152,7 @@ def _paint(place: StoragePath, plan: EvidencePlan, slide_plan: SlidePlan, pieces
 
 
 def _seen(piece: Arrays, plan: SlidePlan) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Return the corner (y, x) and the size (height, width) of what is seen of each patch, level-0 px [n, 2] each."""
+    """Return the corner (y, x) and the size (height, width) of the area seen of each patch, level-0 px [n, 2] each."""
     if "patch/box" in piece:
         return piece["patch/box"][:, :2], piece["patch/box"][:, 2:]
     yx = piece["patch/yx"] + np.array(plan.view[:2])
@@ -160,9 +160,9 @@ def _seen(piece: Arrays, plan: SlidePlan) -> tuple[NDArray[Any], NDArray[Any]]:
 
 
 def painted(stride: int, block: Region, yx: NDArray[Any], sizes: NDArray[Any], cells: Labels) -> Labels:
-    """Return the label [height, width] of each pixel of a block: of the patch in whose middle it lies most.
+    """Return the label [height, width] of each pixel of a block, from the patch in whose middle it lies most.
 
-    A pixel takes the cell that its centre lies in; a cell that is of no kind is `NOTHING`, and 0 is where no patch is.
+    A pixel gets the cell that contains its centre; a cell of no kind is `NOTHING`, and 0 is where there is no patch.
 
     Args:
         stride: level-0 px per pixel.
@@ -196,7 +196,7 @@ def _pixels(
 
 
 def coarsened(labels: Labels) -> Labels:
-    """Return the half-size image: of each 2 x 2 the first label of a kind, so that none is lost from view."""
+    """Return the image at half size: the first label of a kind in each 2 x 2, so that none is lost from view."""
     padded = np.pad(labels, [(0, side % 2) for side in labels.shape])
     found = np.zeros_like(padded[::2, ::2])
     for wanted in (NOTHING, 0):
@@ -211,7 +211,7 @@ class Clusters:
     """The label image of a slide, opened for reading.
 
     Attributes:
-        kinds: that it tells of.
+        kinds: those that it describes.
         shapes: [h, w] of each level, those of the slide's heatmap.
     """
 
@@ -235,7 +235,7 @@ class Clusters:
             return np.asarray(array[region.slices], np.uint8)
 
     def at(self, yx: NDArray[Any]) -> Labels:
-        """Return the labels uint8 [n] of pixels (y, x) [n, 2] of the finest level; 0 outside of it."""
+        """Return the labels uint8 [n] of pixels (y, x) [n, 2] of the finest level; 0 outside it."""
         found, pixels = np.zeros(len(yx), np.uint8), np.asarray(yx, np.int64)
         known = np.all((pixels >= 0) & (pixels < self.shapes[0]), axis=1)
         tiles, member = np.unique(pixels[known] // CHUNK, axis=0, return_inverse=True)
@@ -248,7 +248,7 @@ class Clusters:
 
 
 def open_clusters(slide: SlideResult) -> Clusters | None:
-    """Return the label image of a slide's kinds of evidence; None where there is none, or it is of other results.
+    """Return the label image of a slide's kinds of evidence; None if there is none, or it belongs to other results.
 
     Raises:
         StoreError: it is damaged.
@@ -257,7 +257,7 @@ def open_clusters(slide: SlideResult) -> Clusters | None:
 
 
 def read_clusters(place: StoragePath, plan: SlidePlan) -> Clusters | None:
-    """Return the label image at a place of a slide with this plan; None and raises as `open_clusters`."""
+    """Return the label image at a path, for a slide with this plan; otherwise like `open_clusters`."""
     try:
         group = ZarrGroup(place, read_only=True)
     except FileNotFoundError:
@@ -286,7 +286,7 @@ def read_rows(place: StoragePath, names: Sequence[str], patches: int) -> NDArray
     """Return columns of a table of a slide's evidence, float64 [n, columns]; the first is the number of a patch.
 
     Raises:
-        StoreError: it is damaged, or of more patches than the slide has.
+        StoreError: it is damaged, or has more patches than the slide.
     """
     try:
         file = pq.ParquetFile(pa.BufferReader(place.read(MAX_ROWS * VALUE_BYTES * 8)))
@@ -318,10 +318,10 @@ MAX_NAME = 100  # characters
 
 
 def read_names(place: StoragePath) -> dict[int, str]:
-    """Return the names of kinds that the user has given, by number; none where there is no such file.
+    """Return the names of kinds given by the user, by number; none if there is no such file.
 
     Raises:
-        ConfigError: the file is no mapping of numbers to names.
+        ConfigError: the file is not a mapping of numbers to names.
     """
     try:
         return _names_in(place, place.read(MAX_BYTES))
@@ -342,14 +342,14 @@ def _names_in(place: StoragePath, data: bytes) -> dict[int, str]:
 
 
 def give_name(place: StoragePath, number: int, name: str, was: str) -> str:
-    """Give a kind a name in names.yaml, "" for none, and return what it is called by now.
+    """Give a kind a name in names.yaml, "" for none, and return its name afterwards.
 
-    That is another name where somebody else has given it one since it was called `was`: theirs stays, as does all else
-    in the file.
+    That is a different name if somebody else has named it since it was called `was`: theirs stays, as does everything
+    else in the file.
 
     Raises:
-        ConfigError: the file is no mapping of numbers to names.
-        MarkError: the name is no text of one line.
+        ConfigError: the file is not a mapping of numbers to names.
+        MarkError: the name is not text on a single line.
         StoreError: the file cannot be written.
     """
     now = [name]
@@ -366,14 +366,14 @@ def give_name(place: StoragePath, number: int, name: str, was: str) -> str:
         with suppress(ConfigError):
             if _names_in(place, changed) == wanted:
                 return changed
-        return "".join(_line(*one) for one in sorted(wanted.items())).encode()  # it was no line a name
+        return "".join(_line(*one) for one in sorted(wanted.items())).encode()  # it did not have one line per name
 
     place.update(change)
     return now[0]
 
 
 def _with_line(data: bytes, number: int, name: str) -> bytes:
-    """Return names.yaml with another line for a kind, in the place of that which it had."""
+    """Return names.yaml with another line for a kind, in place of the one it had."""
     lines = data.decode("utf-8", "replace").splitlines(keepends=True)
     if lines and not lines[-1].endswith("\n"):
         lines[-1] += "\n"

@@ -1,4 +1,4 @@
-"""The report on the evidence: what its template is given."""
+"""The report on the evidence: the values for its template."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from wsi_gradcam.evidence.findings import Evidence, KindRow, TrialRow
     from wsi_gradcam.io.paths import StoragePath
 
-OUTLINE = (20, 20, 20), (255, 225, 60)  # dark beside bright: seen on any tissue
-MIDDLE = np.pad([[True]], 1)  # of the surroundings of a patch, three of its sides wide
+OUTLINE = (20, 20, 20), (255, 225, 60)  # dark beside bright: visible on any tissue
+MIDDLE = np.pad([[True]], 1)  # of a patch's surroundings, three of its sides wide
 LEAST_PX = 112  # of an example's side: smaller patches are enlarged
 
 
@@ -55,8 +55,8 @@ def write_report(place: StoragePath, evidence: Evidence, looked: Sequence[tuple[
     """Write the report.
 
     Args:
-        looked: the pieces of the second pass, each with its slide.
-        factor: from contributions to what heatmaps show.
+        looked: the pieces of the third pass, each with its slide.
+        factor: converts contributions to what heatmaps show.
     """
     place.write(evidence_page(evidence, looked, factor))
 
@@ -123,7 +123,7 @@ def _card(row: KindRow, evidence: Evidence, examples: Sequence[ExampleCard]) -> 
 
 
 def area_of(evidence: Evidence) -> str:
-    """Return what places are counted as: of patch-level models the tissue's area, of slide-level models patches."""
+    """Return what places are counted as: tissue area for patch-level models, patches for slide-level models."""
     return "patches" if evidence.level == "slide" else "area"
 
 
@@ -155,7 +155,7 @@ def _spread(one: Spread) -> tuple[str, ...]:
 
 
 def covering_words(one: Covering) -> str:
-    """Return what covering has changed, in words."""
+    """Return what covering changed, in words."""
     p = "" if one.p_adjusted is None else f", {p_text(one.p_adjusted)}"
     slides = "slide" if one.slides == 1 else "slides"
     if one.how == "removed":
@@ -204,7 +204,7 @@ def _examples(looked: Sequence[tuple[str, Arrays]], scale: float) -> dict[int, l
 
 
 def _patch(rgb: NDArray[np.uint8], arrays: Arrays, number: int, title: str) -> Picture:
-    """Return the picture of an example, with its places of the kind outlined where they are not all of it."""
+    """Return the picture of an example, with its places of the kind outlined unless they fill all of it."""
     cells = arrays["example/cells"][number]
     if cells.all():
         return picture(rgb, f"{title}: the patch")
@@ -212,13 +212,13 @@ def _patch(rgb: NDArray[np.uint8], arrays: Arrays, number: int, title: str) -> P
 
 
 def enlarged(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Return a picture that is large enough to be looked at, by whole numbers."""
+    """Return a picture enlarged by a whole number so that it is large enough to look at."""
     times = -(-LEAST_PX // min(rgb.shape[:2]))
     return rgb.repeat(times, axis=0).repeat(times, axis=1)
 
 
 def outlined(rgb: NDArray[np.uint8], cells: NDArray[np.bool_]) -> NDArray[np.uint8]:
-    """Return a patch uint8 [h, w, 3] with a line round marked cells [n, m] of a grid over it."""
+    """Return a patch uint8 [h, w, 3] with a line around marked cells [n, m] of a grid over it."""
     height, width = rgb.shape[:2]
     large = np.asarray(Image.fromarray(cells).resize((width, height), Image.Resampling.NEAREST))
     found, inside = rgb.copy(), large

@@ -1,8 +1,8 @@
-"""`evidence_run`: three passes over a sample of places, and what is made of them.
+"""`evidence_run`: three passes over a sample of places, and the findings.
 
-In the first pass the model explains patches and places are drawn from them; kinds are found; in the second all places
-are sorted, and tables and label images written; in the third kinds are covered in some patches, and examples are taken.
-Tasks carry coordinates, results lie in pieces on disk.
+In the first pass the model explains patches, and places are drawn from them; kinds are found; in the second, all places
+are sorted, and tables and label images are written; in the third, kinds are covered in some patches, and pictures of
+examples are taken. Tasks carry coordinates; results are in pieces on disk.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 
 
 LEARNED = "Has the model learned to tell these slides apart?"
-READ = 100_000  # places, of all that were measured, in which kinds are found
+READ = 100_000  # measured places in which kinds are found
 
 
 @dataclass(frozen=True)
@@ -101,30 +101,30 @@ def evidence_run(
     remote_slides: bool = False,
     listener: RunListener | None = None,
 ) -> EvidenceOutcome:
-    """Find out what the model looks at, across the explained archive in `out`; what was measured before is kept.
+    """Find out what the model looks at across the explained archive in `out`; earlier measurements are kept.
 
-    Everything is written to `out`/evidence: report.html, evidence.json, clusters.parquet, and for each slide a label
+    Everything is written to `out`/evidence: report.html, evidence.json, clusters.parquet, and, for each slide, a label
     image and tables of its places and patches.
 
     Args:
-        out: folder or s3:// URL that `explain` was given; slides and model must be where they were.
-        places: about so many cells of the explained layer are drawn, of all slides together.
-        seed: of the sample and of all random numbers.
-        target: whose evidence: one of the run's targets; nothing given: the first.
-        annotations: file, or folder with a file a slide, of areas whose classes kinds are compared with.
-        regions, mask_frame: as of `audit_run`.
-        skip_labels: write no label images and no tables of patches, for which each patch is looked at twice.
-        model: the run's model, where its files have moved or a program alone has it.
-        against: another run, whose evidence is finished; its patches are looked at here too, and what the two models
-            look at is compared.
-        workers, scheduler, wait_for_workers: as of `explain`.
-        overwrite: measure all anew; evidence with other settings is refused without it.
-        trust_code: let code in the model run.
-        remote_slides: open slides at addresses that the results name.
-        listener: is told what happens.
+        out: folder or s3:// URL that was given to `explain`; slides and model must not have moved.
+        places: approximate number of cells of the explained layer to draw, over all slides.
+        seed: seed of the sample and of all random numbers.
+        target: whose evidence to find: one of the run's targets; by default the first.
+        annotations: areas with whose classes kinds are compared: a file, or a folder with a file per slide.
+        regions, mask_frame: as for `audit_run`.
+        skip_labels: write no label images and no tables of patches, for which each patch has to be read twice.
+        model: the run's model, if its files have moved or the run does not say how to load it.
+        against: another run with finished evidence; its patches are measured here too, and what the two models look at
+            is compared.
+        workers, scheduler, wait_for_workers: as for `explain`.
+        overwrite: measure everything again; without this, existing evidence with other settings is an error.
+        trust_code: allow code in the model to run.
+        remote_slides: contact other machines for slides whose URLs are in the results.
+        listener: an object that is notified of what happens.
 
     Raises:
-        WsiGradcamError: nothing could be done at all, or it had to stop; what was measured is not lost.
+        WsiGradcamError: nothing could be done, or it had to stop; existing measurements are not lost.
     """
     drawn, hidden = (None if path is None else Path(path).absolute() for path in (annotations, regions))
     settings = EvidenceSettings(places, seed, target, drawn, hidden, mask_frame, skip_labels)
@@ -157,7 +157,7 @@ def evidence_run(
         session.begin(EvidenceWorkload(plan), entries, executor.dashboard)
 
         def perform(step: EvidencePlan, slides: list[SlideEntry], again: bool = True) -> list[SlideRecord]:
-            """Perform a pass; return the records of what has not failed, in the plan's order, whichever ended first."""
+            """Perform a pass; return the records of slides that did not fail, in the plan's order."""
             ended: list[SlideRecord] = []
             workload = EvidenceWorkload(step)
             session.process(executor, workload, slides, ended.append, again, workload.part)
@@ -172,10 +172,10 @@ def evidence_run(
 
 
 def shares_of(run: ExplainedRun, settings: EvidenceSettings, other: OtherEvidence | None) -> dict[str, SlideShare]:
-    """Return what is drawn from each slide, by its id: the patches of the other evidence, or a sample.
+    """Return what to draw from each slide, by its id: the patches of the other evidence, or a sample.
 
     Raises:
-        ConfigError: the run has none of the other's slides.
+        ConfigError: the run has none of the other run's slides.
     """
     if other is not None:
         if settings.skip_labels:
@@ -198,7 +198,7 @@ def _passes(
     records: list[SlideRecord],
     other: OtherEvidence | None,
 ) -> Evidence:
-    """Perform the three passes; each takes the slides that the one before could read."""
+    """Perform the three passes; each uses the slides that the one before could read."""
     measured = perform(plan, entries, again=False)
     plan = replace(plan, counts={record.slide.id: record.patches for record in measured if record.patches})
     if not plan.counts:
@@ -229,7 +229,7 @@ def _passes(
 
 @dataclass(frozen=True, eq=False)
 class _Found:
-    """What the passes gave: kinds, sums, whether the model has learned anything, and what another model looks at."""
+    """What the passes yielded: kinds, sums, whether the model has learned anything, and what another model looks at."""
 
     choice: Choice | None
     sums: Tally
@@ -239,13 +239,13 @@ class _Found:
 
 
 def _settle(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str], overwrite: bool) -> None:
-    """Write the plan, unless it stands there; with `overwrite` all that was measured is forgotten.
+    """Write the plan unless it exists; with `overwrite`, all measurements are deleted.
 
     Args:
-        slides: of the run; where the plan there is damaged, it may have been about any of them.
+        slides: of the run; if the existing plan is damaged, it may have been about any of them.
 
     Raises:
-        ResumeError: the numbers there are of other settings.
+        ResumeError: the existing numbers are from other settings.
     """
     before, same = plan_before(folder, plan.identity, overwrite, "evidence")
     if not same:
@@ -256,7 +256,7 @@ def _settle(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str], o
 
 
 def _given(run: ExplainedRun, settings: AuditSettings, plan: EvidencePlan) -> str:
-    """Return the sha256 of all that people have drawn on the slides of the sample."""
+    """Return the sha256 of everything people have drawn on the slides of the sample."""
     paths = (settings.annotations, settings.regions)
     drawn = [drawn_digests(run, settings, path, (), plan.shares) for path in paths]
     marks = [asdict(mark) for mark in Marks(run.result.folder.place).all() if mark.slide in plan.shares]
@@ -264,7 +264,7 @@ def _given(run: ExplainedRun, settings: AuditSettings, plan: EvidencePlan) -> st
 
 
 def drawn_pieces(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Iterator[Piece]:
-    """Yield the places in which kinds are found: all, or those of pieces drawn by chance where there are many."""
+    """Yield the places in which kinds are found: all, or those of randomly drawn pieces if there are many."""
     patches = np.array([plan.counts[slide] for slide in slides], np.int64)
     ends = np.cumsum(-(-patches // PIECE))
     order = np.random.default_rng(plan.settings.seed).permutation(int(ends[-1]))
@@ -279,7 +279,7 @@ def drawn_pieces(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[st
 
 
 def learned_of(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Verdict:
-    """Return whether the model has learned anything of such patches, or slides, as the audit judges it."""
+    """Return whether the model has learned anything about such patches or slides, as judged by the audit."""
     from wsi_gradcam.audit.questions.sanity import answer_spread, has_learned
 
     own, others = [], []
@@ -298,7 +298,7 @@ def learned_of(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]
 
 
 def _unsorted(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Tally:
-    """Return how many places there are, of a model whose places are not sorted."""
+    """Return the number of places for a model whose places are not sorted."""
     patches = places = 0
     for slide in slides:
         for arrays in measured(folder, plan, slide):
@@ -310,7 +310,7 @@ def _unsorted(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str])
 def _finish(
     folder: EvidenceFolder, plan: EvidencePlan, run: ExplainedRun, records: Sequence[SlideRecord], found: _Found
 ) -> Evidence:
-    """Count and test what was measured, and write it."""
+    """Count and test what was measured, and write the findings."""
     failed = {record.slide.id: record.error for record in records if record.status == SlideStatus.FAILED}
     looked = [(name, arrays) for name in plan.shown if name not in failed for arrays in _shown(folder, plan, name)]
     facts = Facts(
@@ -338,7 +338,7 @@ def _finish(
     write_report(folder.report, evidence, looked, factor)
     numbers = evidence.model_dump_json(indent=1).encode()
     write_listing(folder.place, {folder.metrics.name: numbers}, lambda name: is_account(name) or is_given(name))
-    folder.metrics.write(numbers)  # the last: where it is, all is
+    folder.metrics.write(numbers)  # the last: if it exists, everything does
     return evidence
 
 
@@ -348,7 +348,7 @@ def _shown(folder: EvidenceFolder, plan: EvidencePlan, slide: str) -> Iterator[A
 
 
 def covered_by_kind(looked: Sequence[tuple[str, Arrays]]) -> dict[int, Covered]:
-    """Return what covering has changed, by kind, from the pieces of the second pass, each with its slide."""
+    """Return what covering changed, by kind, from the pieces of the third pass, each with its slide."""
     parts: dict[int, list[tuple[float, float, str]]] = defaultdict(list)
     for slide, arrays in looked:
         if "cover/change" in arrays:

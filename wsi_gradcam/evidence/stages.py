@@ -1,4 +1,4 @@
-"""The three passes over the slides of a sample: what the model does in their tasks, and what these leave on disk."""
+"""The three passes over the slides of a sample: what the model does in their tasks, and what these write to disk."""
 
 from __future__ import annotations
 
@@ -56,22 +56,22 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 
-# A batch is always of this size, filled up where need be: for others torch chooses other kernels, whose sums differ.
+# Batches always have this size, padded if necessary: for others torch chooses other kernels, whose sums differ.
 BATCH_SIZE = 16
-CONTROLS = 4  # equal areas elsewhere, for each patch that is covered
+CONTROLS = 4  # equal areas elsewhere, for each covered patch
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """Patches as they are on the slide, and as the model sees them.
+    """Patches as on the slide, and as the model sees them.
 
     Attributes:
-        raw: uint8 [P, h, w, 3] of the slide; what is ink, glass or blur is judged by it.
-        rgb: the same with the stain that the model wants.
+        raw: uint8 [P, h, w, 3] of the slide; used to detect ink, glass and blur.
+        rgb: the same with the stain that the model expects.
         mpp: micrometres per pixel.
         glass: RGB of the slide's bare glass.
         seeds: one for each patch.
-        shown: returns masks [P, h, w] of patches as the network sees them, [P, H, W].
+        shown: returns masks [P, h, w] of patches as seen by the network, [P, H, W].
     """
 
     raw: Rgb
@@ -98,16 +98,16 @@ def contributions(subject: Subject, images: Tensor, target: AnyTarget) -> tuple[
 
 
 def _filled(images: Tensor) -> Sequence[Tensor]:
-    """Return batches of one size; the last image stands for what is missing."""
+    """Return batches of one size, padded with the last image."""
     missing = -len(images) % BATCH_SIZE
     return torch.split(torch.cat([images, images[-1:].expand(missing, *images.shape[1:])]), BATCH_SIZE)
 
 
 def describe(subject: Subject, seen: Seen, target: AnyTarget, cells: int = DRAWN) -> Arrays:
-    """Return what patches are (`patch/...`, [P]), and the places that are drawn from them (`place/...`, [n]).
+    """Return facts about patches (`patch/...`, [P]), and the places drawn from them (`place/...`, [n]).
 
-    Cells are drawn with a probability that grows with their contribution, and each stands for as many others as that
-    makes just: weighted sums over places are those over all cells, on average.
+    Cells are drawn with a probability that grows with their contribution, and are weighted accordingly: on average,
+    weighted sums over places equal those over all cells.
     """
     logits, parts = contributions(subject, subject.images(seen.rgb), target)
     grid = (parts.shape[2], parts.shape[3])
@@ -147,7 +147,7 @@ class Sorted:
     Attributes:
         logits: [P, K].
         map: [P, h, w] sum of the contributions.
-        kinds: [P, h, w] the kind of each cell, -1 where it contributes next to nothing.
+        kinds: [P, h, w] the kind of each cell, -1 if it contributes next to nothing.
     """
 
     images: Tensor
@@ -173,10 +173,10 @@ def sort_cells(subject: Subject, rgb: Rgb, target: AnyTarget, kinds: Kinds, seen
 def cover_kinds(
     subject: Subject, patches: Sorted, target: AnyTarget, wanted: Sequence[int], seed: int
 ) -> tuple[Floats, Floats]:
-    """Return (change, change of equal areas) [P] of the explained scalar where the cells of a kind are covered.
+    """Return (change, change by equal areas) [P] of the explained scalar when the cells of a kind are covered.
 
-    The kind of patch i is `wanted`[i]. What is covered takes the patch's mean colour; areas elsewhere have the same
-    form, see `masking`. NaN where the kind is not there, or all there is.
+    The kind of patch i is `wanted`[i]. Covered cells get the patch's mean colour; areas elsewhere have the same shape,
+    see `masking`. NaN if the kind is absent, or fills the patch.
     """
     cells = patches.kinds == np.asarray(wanted)[:, None, None]
     size = patches.images.shape[2:]
@@ -194,7 +194,7 @@ class EvidenceWorkload:
     """A pass over the slides of the sample.
 
     Attributes:
-        plan: which says which pass it is.
+        plan: the plan, which says which pass this is.
         subject: the model in this process.
     """
 
@@ -204,7 +204,7 @@ class EvidenceWorkload:
 
     @property
     def patches(self) -> int | None:
-        """The number of patches of the pass; None of the first, in which workers draw them."""
+        """The number of patches of the pass; None for the first, in which workers draw them."""
         if self.plan.step == "measure":
             return None
         if self.plan.step == "show":
@@ -247,7 +247,7 @@ def _piece(plan: EvidencePlan, folder: EvidenceFolder, entry: SlideEntry, number
 
 
 def measure_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
-    """Measure a piece of a slide's sample and store what is measured, unless that was done."""
+    """Measure a piece of a slide's sample and store the measurements, unless that has been done."""
     plan = context.workload.plan
     folder = EvidenceFolder(plan.run.out / EVIDENCE)
     patches, place = _piece(plan, folder, entry, number), folder.batch(entry.id, plan.digest, number)
@@ -269,7 +269,7 @@ def measure_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number:
 
 
 def sort_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
-    """Sort all cells of the patches of a piece into kinds, and store that, unless it was done."""
+    """Sort all cells of the patches of a piece into kinds and store them, unless that has been done."""
     plan = context.workload.plan
     folder = EvidenceFolder(plan.run.out / EVIDENCE)
     patches, place = _piece(plan, folder, entry, number), folder.batch(entry.id, plan.cells_digest, number)
@@ -298,7 +298,7 @@ def sort_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: in
 
 
 def show_piece(context: Context[EvidenceWorkload], entry: SlideEntry, number: int) -> Processed:
-    """Cover kinds in some patches of a slide, take pictures of others, and store both, unless that was done."""
+    """Cover kinds in some patches of a slide, take pictures of others, and store both, unless that has been done."""
     plan = context.workload.plan
     shown = plan.shown[entry.id][number * PIECE : (number + 1) * PIECE]
     place = EvidenceFolder(plan.run.out / EVIDENCE).batch(entry.id, plan.shown_digest, number)
@@ -353,11 +353,11 @@ def _subject(context: Context[EvidenceWorkload]) -> Subject:
 def _read(
     context: Context[EvidenceWorkload], entry: SlideEntry, patches: Sequence[int], yx: Sequence[tuple[int, int]]
 ) -> tuple[Seen, NDArray[np.bool_]]:
-    """Return those patches that can be read, and which they are.
+    """Return the patches that can be read, and which ones they are.
 
     Raises:
-        ResumeError: the slide's results are of another run by now.
-        SlideFormatError: the slide is another file than was explained.
+        ResumeError: the slide's results now belong to another run.
+        SlideFormatError: the slide is not the file that was explained.
     """
     plan, run = context.workload.plan, context.workload.run
     slide_plan = stored_plan(context.folder(entry), plan)
