@@ -1,6 +1,6 @@
 """A model card as Markdown and HTML: the numbers of a run's tables and of its audit, and what was not measured.
 
-This room reads results and loads the model, to be sure that the card is about this model; it writes nothing to OUT.
+This room reads results and loads the model, to be sure that the card is about that model; it writes nothing to OUT.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def write_card(
     overwrite: bool = False,
     trust_code: bool = False,
 ) -> tuple[Path, Path]:
-    """Write the card of the model that `out` was made with, and return the paths of the Markdown and the HTML file.
+    """Write the card of the model used for `out`, and return the paths of the Markdown and the HTML file.
 
     Args:
-        model: anything that `--model` accepts; it is loaded, and must be the one that the run was made with.
+        model: anything that `--model` accepts; it is loaded, and must be the one used for the run.
         out: the folder or s3:// URL of a run, with its audit if there is one.
         dest: folder for NAME.card.md and NAME.card.html.
         overwrite: replace existing cards.
@@ -89,7 +89,7 @@ def write_card(
 
     Raises:
         ModelError: there is no such model, or it is not the run's.
-        ResultError: `out` holds no run, or a card exists and may not be replaced.
+        ResultError: `out` contains no run, or a card exists and may not be replaced.
         StoreError: `dest` cannot be written.
     """
     result = open_result(out)
@@ -210,7 +210,7 @@ def _looks_at(result: Result) -> Iterator[str]:
     """Yield the findings of the run's evidence in words; nothing if there is none.
 
     Raises:
-        ResultError: it was made with another model than the present results.
+        ResultError: it was made with a different model than the present results.
         StoreError: it is damaged.
     """
     place = result.folder.place / "evidence" / "evidence.json"
@@ -234,7 +234,7 @@ def _audit(result: Result) -> Metrics | None:
     """Return the records of the run's audit; None if there is none.
 
     Raises:
-        ResultError: it is an audit of other results than the present ones.
+        ResultError: it is not an audit of the present results.
     """
     found = AuditFolder(result.folder.place / AUDIT).read_metrics()
     if found is None:
@@ -293,7 +293,7 @@ def _units(audit: Metrics) -> str:
 
 
 def sampled(audit: Metrics) -> str:
-    """Return what the verdicts rest on, as a sentence."""
+    """Return the basis of the verdicts as a sentence."""
     sample = audit.sample
     slides, patches = counted(sample.slides, "slide"), counted(sample.patches, "patch").replace("patchs", "patches")
     found = f"{slides} with {patches}" if audit.run.unit == "slide" else f"{patches} of {slides}"
@@ -304,7 +304,7 @@ def sampled(audit: Metrics) -> str:
 
 
 def page(card: Card) -> str:
-    """Return the card as an HTML page that needs no other file and no script."""
+    """Return the card as an HTML page that needs no other files and no scripts."""
     return render(
         "card/card.html",
         card=card,

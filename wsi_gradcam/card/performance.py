@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from wsi_gradcam.results.run import Result
     from wsi_gradcam.results.slide import SlideResult
 
-FEWEST = 6  # slides of either kind, below which an interval or a curve would promise too much
+FEWEST = 6  # slides of either kind; with fewer, an interval or a curve would promise too much
 BINS = 5  # of a calibration
 Z = 1.959964  # of 95 %
 SCORES = {
@@ -29,7 +29,7 @@ SCORES = {
     "share": "share of the patches given to it",
     "top": "mean probability of the ten highest patches",
 }
-# What a slide-level model answers, by the function that turns its logits into the answer.
+# The answer of a slide-level model, by the function that turns its logits into the answer.
 ANSWERS = {
     "softmax": "probabilities of classes that exclude each other",
     "sigmoid": "a probability of each class by itself",
@@ -48,7 +48,7 @@ class Roc:
         score: the score in words.
         group: its site; "" for all.
         positive, negative: numbers of slides.
-        brier: mean squared error of the slide's probability; None for a score that is no probability.
+        brier: mean squared error of the slide's probability; None for a score that is not a probability.
         predicted: mean of the score.
         auroc: area under the curve, with ties counting half; None if all slides have the same label.
         interval: its 95% interval; None if there are fewer than `FEWEST` slides with or without the class.
@@ -67,7 +67,7 @@ class Roc:
 
     @property
     def observed(self) -> float:
-        """The share of the slides that are of the class."""
+        """The share of slides that belong to the class."""
         return self.positive / max(1, self.positive + self.negative)
 
 
@@ -92,8 +92,8 @@ class Performance:
     Attributes:
         label: the class.
         rocs: one per score for all slides, then by site.
-        bins: bins of the calibration, lowest probabilities first; empty where scores are no probabilities.
-        unscored: the number of slides without a score, as no patch of them was explained.
+        bins: bins of the calibration, lowest probabilities first; empty if scores are not probabilities.
+        unscored: the number of slides without a score, because none of their patches was explained.
     """
 
     label: str
@@ -108,7 +108,7 @@ class Performance:
 
     @property
     def calibrated(self) -> tuple[Roc, ...]:
-        """All slides, and those of each site, where the score is a probability."""
+        """All slides, and those of each site, if the score is a probability."""
         return tuple(roc for roc in self.rocs if roc.brier is not None)
 
 
@@ -133,15 +133,15 @@ def performance_of(
         return (), f"The labels of the slides ({found}) do not include two of the model's classes ({classes})."
     scores = [_scores(slide, result, activation) for slide, _ in known]
     sites, truths = [slide.row.get("site") or "" for slide, _ in known], [label for _, label in known]
-    exclusive = len(result.classes) == 2 and activation == "softmax"  # one says all about the other
+    exclusive = len(result.classes) == 2 and activation == "softmax"  # one determines the other
     shown = result.classes[1:] if exclusive else result.classes
     return tuple(_of_class(name, scores, truths, sites) for name in shown), ""
 
 
 def _scores(slide: SlideResult, result: Result, activation: str) -> Mapping[str, Mapping[str, float]]:
-    """Return a slide's scores by class and by score: the model's answer for it, or else those of its patches.
+    """Return a slide's scores by class and by score: the model's answer for it, or otherwise those of its patches.
 
-    Empty for a slide of which no patch was explained.
+    Empty for a slide none of whose patches was explained.
     """
     if result.record.is_slide_level:
         kind = "probability" if activation in CLASSIFIED else "number"
@@ -200,7 +200,7 @@ def auroc_interval(area: float, positive: int, negative: int) -> tuple[float, fl
 
     Method 5 of Newcombe 2006 (Statistics in Medicine, doi 10.1002/sim.2324): the areas whose standard error by Hanley
     and McNeil, with both numbers of cases replaced by their mean, leaves the one that was found within 1.96 of it. It
-    stays within 0 and 1, and does not collapse where the area is 1.
+    stays within 0 and 1, and does not collapse if the area is 1.
     """
 
     def excess(theta: float) -> float:

@@ -1,8 +1,8 @@
-"""Checks before a run: of this machine, of the folder of the results, and of a cluster's workers.
+"""Checks before a run: of this machine, of the folder for the results, and of a cluster's workers.
 
-Here are the checks' results, and the environment of a process: versions, the program's own files, devices. `checks` has
-the checks of this process and those of workers; they return `Check`s, which the command line prints. The room may try
-whatever a run will need (readers, stores, models, workers), and leaves everything as it was.
+This module has the results of checks, and the environment of a process: versions, the program's own files, devices.
+`checks` has the checks of this process and of workers; they return `Check`s, which the command line prints. The room
+may try anything a run will need (readers, stores, models, workers), and leaves everything as it was.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     AnySpec = ModelSpec | SlideModelSpec
 
 PROGRAM = "wsi-gradcam"
-# Packages that values and messages between processes depend on.
+# Packages on which values and messages between processes depend.
 PACKAGES = ("torch", "numpy", "openslide-python", "openslide-bin", "tifffile", "imagecodecs", "zarr")
-# And those of extras: the extra, and what cannot be done without it.
+# Packages from extras: the extra, and what cannot be done without it.
 OPTIONAL = {
     "dask": ("cluster", "--workers, --scheduler and --device cuda need it"),
     "distributed": ("cluster", "--workers, --scheduler and --device cuda need it"),
@@ -51,7 +51,7 @@ LOW_PRECISION = ("avx512_bf16", "amx_bf16", "amx_fp16")  # flags of processors
 
 
 class Status(StrEnum):
-    """The result of a check, the worst last."""
+    """The result of a check, worst last."""
 
     OK = "ok"
     WARN = "warn"
@@ -63,7 +63,7 @@ OK, WARN, FAIL = Status
 
 @dataclass(frozen=True)
 class Check:
-    """The name of a check, its status, what was found, and how to mend it."""
+    """The name of a check, its status, what was found, and how to fix it."""
 
     name: str
     status: Status
@@ -75,12 +75,12 @@ def run_check(name: str, check: Callable[..., Iterable[Check]], *arguments: Any)
     """Yield the checks of `check(*arguments)`; an exception becomes a check that failed."""
     try:
         yield from check(*arguments)
-    except Exception as error:  # a broken installation raises anything; the other checks go on
+    except Exception as error:  # a broken installation can raise anything; the other checks continue
         yield Check(name, FAIL, one_line(error), "the message says what is missing or broken")
 
 
 def format_check(check: Check) -> str:
-    """Return a check on one line, with its mend behind it."""
+    """Return a check on one line, with the fix after it."""
     return f"{check.status:>4}  {check.name}: {check.found}{f' -> {check.mend}' if check.mend else ''}"
 
 
@@ -146,7 +146,7 @@ def loading_problem(model: AnySpec | None) -> str:
             load_model(model)
         elif model.encoder is None:
             load_aggregator(model)
-        else:  # both, and whether one takes what the other gives
+        else:  # both, and whether one accepts what the other provides
             examine_model(model, make_settings(engine="eager", precision="float32"), [])
     except Exception as error:  # the model's own code may raise anything
         return one_line(error)
@@ -185,7 +185,7 @@ def required_of(name: str) -> SpecifierSet:
 
 
 def differences(here: Facts, there: Facts) -> dict[str, tuple[str, str]]:
-    """Return the differences of two environments in what must be equal: values here and there, by name.
+    """Return the differences between two environments in what must be equal: values here and there, by name.
 
     Only the first two numbers of Python's version count; builds of one version (2.6.0+cpu, 2.6.0+cu124) are equal.
     """
@@ -220,7 +220,7 @@ def gpus() -> tuple[list[tuple[str, int, bool]], str]:
 
 
 def low_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """Return the processor's instructions for bfloat16 and float16; none where the system does not list them."""
+    """Return the processor's instructions for bfloat16 and float16; none if the system does not list them."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -230,7 +230,7 @@ def low_precision(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
 
 
 def _exchange(probe: StoragePath, token: str) -> str:
-    """Read what another process wrote, and write for it; return the problem, "" for none."""
+    """Read what another process wrote, and write something for it; return the problem, "" for none."""
     try:
         if probe.read() != token.encode():
             return f"{probe} does not contain what was written: this path is a different folder there"

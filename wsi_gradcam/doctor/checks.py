@@ -1,6 +1,6 @@
-"""Checks of this process (packages, devices, codecs), of the folder of the results, and of a Dask cluster's workers.
+"""Checks of this process (packages, devices, codecs), of the folder for the results, and of a Dask cluster's workers.
 
-Workers shall have the versions, files and models of this process.
+Workers should have the same versions, files and models as this process.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def examine(
     """Return an iterator over the checks, each made when it is reached; an exception is a check that failed.
 
     Args:
-        out: folder of the results, also tried from the workers; it need not exist, and is left as it was.
+        out: folder for the results, also tried from the workers; it need not exist, and is left as it was.
         scheduler: address of a Dask scheduler, whose workers are checked.
         model: a model as for `explain`, which is loaded here, and on each worker.
         trust_code: allow the code in the model to run.
@@ -290,7 +290,7 @@ def _probe_folder(out: Path) -> Iterator[Path]:
 
 
 def check_folder(out: StoragePath) -> Iterator[Check]:
-    """Check that what a run does in `out` works there; everything is undone."""
+    """Check that everything a run does in `out` works there; all of it is undone."""
     try:
         with probe_place(out) as probe:
             yield _array(probe)
@@ -304,7 +304,7 @@ def check_folder(out: StoragePath) -> Iterator[Check]:
 
 
 def _array(folder: StoragePath) -> Check:
-    """Check that a patch store is read as it was written."""
+    """Check that a patch store is read back as it was written."""
     import numpy as np
 
     from wsi_gradcam.results.patch_store import PatchStore, SpanData
@@ -367,7 +367,7 @@ def _locks(folder: Path) -> Check:
 
 
 def _space(folder: Path) -> Check:
-    """Check the bytes and files that are left; some file systems do not count the latter."""
+    """Check the free bytes and files; some file systems do not count the latter."""
     free = shutil.disk_usage(folder).free
     found, few = f"{free / GIB:.1f} GiB free", False
     if sys.platform != "win32":
@@ -380,7 +380,7 @@ def _space(folder: Path) -> Check:
 
 
 def check_workers(scheduler: str, out: StoragePath | None, spec: AnySpec | None) -> Iterator[Check]:
-    """Check the workers of a scheduler, also with the folder of the results and a model."""
+    """Check the workers of a scheduler, also with the folder for the results and a model."""
     with from_extra("cluster", "--scheduler"):
         from wsi_gradcam.executors.dask import ask_workers
 
@@ -412,7 +412,7 @@ def check_workers(scheduler: str, out: StoragePath | None, spec: AnySpec | None)
 
 @contextmanager
 def _probe(out: StoragePath | None, token: str) -> Iterator[StoragePath | None]:
-    """Write a file with `token` in `out`; None where `out` cannot be written, which its own checks report."""
+    """Write a file with `token` in `out`; None if `out` cannot be written, which its own checks report."""
     with ExitStack() as opened:
         probe = None
         if out is not None:
@@ -488,7 +488,7 @@ def _shared(out: StoragePath, workers: Workers, written: int) -> Check:
 
 
 def _problem(name: str, status: Status, by_worker: dict[str, str], mend: str) -> Check:
-    """Return a check that some workers do not pass."""
+    """Return a check that some workers did not pass."""
     shown = [f"{address}: {problem}" for address, problem in list(by_worker.items())[:MAX_LISTED]]
     more = [f"and {len(by_worker) - MAX_LISTED} more"] if len(by_worker) > MAX_LISTED else []
     return Check(name, status, "; ".join(shown + more), mend)

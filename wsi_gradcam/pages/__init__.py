@@ -1,7 +1,7 @@
-"""HTML by Jinja templates: the environment, the layout and the macros that all pages share.
+"""HTML from Jinja templates: the environment, the layout and the macros shared by all pages.
 
-Templates lie beside the code that fills them and are named by their path in the package. This room knows nothing of
-what pages show; it may use `system`. Every value is escaped, unless the template marks it as safe.
+Templates are beside the code that fills them, and are named by their path in the package. This room knows nothing
+about what pages show; it may use `system`. Every value is escaped unless the template marks it as safe.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def render(template: str, /, **context: object) -> str:
     """Return a template filled with values.
 
-    File names that are not Unicode hold surrogates; their bytes are shown as well as UTF-8 can show them.
+    File names that are not Unicode contain surrogates; their bytes are shown as well as UTF-8 allows.
 
     Args:
         template: its path in the package, such as "run/report.html".
@@ -40,7 +40,7 @@ def relative_url(path: str) -> str:
 
 
 def png_url(png: bytes) -> str:
-    """Return a PNG file as a URL that holds all of it."""
+    """Return a PNG file as a URL that contains all of it."""
     return f"data:image/png;base64,{b64encode(png).decode()}"
 
 
@@ -56,7 +56,7 @@ def percent(share: float) -> str:
 
 @cache
 def _environment() -> Environment:
-    from jinja2 import Environment, PackageLoader, StrictUndefined  # not for those who render nothing
+    from jinja2 import Environment, PackageLoader, StrictUndefined  # not needed by those who render nothing
 
     environment = Environment(
         loader=PackageLoader("wsi_gradcam", ""),

@@ -1,7 +1,7 @@
 """The viewer: a web server for a run's results and slides, and the page (in `page/`) that shows them in a browser.
 
 `app.view` starts it. Requests pass its checks, reach the handlers in `app`, and are answered by `queries` (JSON),
-`images` (tiles) or `files`. This package reads results, slides and audits, and writes only marks and names of clusters;
+`images` (tiles) or `files`. This room reads results, slides and audits, and writes only marks and names of clusters;
 it knows nothing about how runs are made.
 
 The reader for napari (npe2) is here: a slide's folder in a result opens as slide, channels and coverage, aligned. In
