@@ -223,6 +223,26 @@ def test_tools_change_the_view_and_save_it(open_page: Callable[..., Page], size:
     expect(page.locator("html.dark")).to_be_attached()
 
 
+def test_values_never_lie_over_the_view(open_page: Callable[..., Page]) -> None:
+    """With both panels open on a small screen, where there is the least room for them."""
+    page = resized(open_page(at(SLIDE, Y, X, 0.5)), "small")
+    page.mouse.click(500, 300)
+    expect(page.locator("#patch h2")).to_be_visible()
+    page.mouse.move(510, 310)
+    values = page.locator("#values")
+    expect(values).to_contain_text("gradcam: other")
+    view, line, text = (page.locator(name).bounding_box() for name in (".pane", "#status-line", "#values"))
+    assert view is not None
+    assert line is not None
+    assert text is not None
+    assert text["y"] >= view["y"] + view["height"]
+    assert text["y"] + text["height"] <= line["y"] + line["height"] <= 700
+    page.mouse.move(5, 5)
+    page.mouse.move(400, 60)  # where there is no slide perhaps: the view keeps its size
+    page.wait_for_timeout(300)
+    assert page.locator(".pane").bounding_box() == view
+
+
 def test_classes_are_shown_at_once(open_page: Callable[..., Page]) -> None:
     page = resized(open_page(at(SLIDE, Y, X, 0.5)), "small")
     before = looks(page)
