@@ -1,4 +1,4 @@
-# Everything runs in .venv, which the first command makes. System Python 3.11 or newer is all that is needed.
+# Everything runs in .venv, which the first command creates. All you need is a system Python, 3.11 or newer.
 PYTHON ?= python3
 BIN := .venv/bin
 SLIDE ?=
@@ -23,8 +23,8 @@ help:
 
 venv: .venv/installed
 
-# Quantus, an oracle in tests, asks for opencv-python. That and the opencv-python-headless of pytorch-grad-cam write the
-# same files, and only the latter does without a display's libraries: so Quantus comes without it.
+# Quantus, an oracle in tests, requires opencv-python. This and pytorch-grad-cam's opencv-python-headless install the same
+# files, and only the latter works without display libraries, so Quantus is installed without opencv-python.
 # CLIENTS are the programs that exports are for; what they depend on in addition are servers.
 CLIENTS := girder-large-image-annotation large-image large-image-source-tifffile large-image-source-openslide palettable \
   tifftools histomicstk tissuumaps pyvips pyvips-binary
@@ -41,8 +41,8 @@ browser:
 	@command -v chromium >/dev/null || { apt-get update && apt-get install -y --no-install-recommends chromium; } || \
 		echo "chromium is missing: the page's tests are skipped"
 
-# Tests of the SLURM recipe start a SLURM of two nodes, of Debian's packages (4 MB); elsewhere install them by hand. The
-# services of the packages do not start, as there is no /etc/slurm/slurm.conf.
+# Tests of the SLURM recipe start SLURM with two nodes from Debian's packages (4 MB); elsewhere install it by hand. The
+# packages' services do not start, as there is no /etc/slurm/slurm.conf.
 SLURM := slurmctld slurmd slurm-client
 .PHONY: slurm
 slurm:
@@ -50,21 +50,21 @@ slurm:
 		{ apt-get update && apt-get install -y --no-install-recommends $(SLURM); } || \
 		echo "SLURM is missing: the tests of its recipe are skipped"
 
-# Tests of exports check objects of DICOM with dciodvfy, of Debian's dicom3tools; elsewhere install it by hand.
+# Tests of exports check DICOM objects with dciodvfy, from Debian's dicom3tools; elsewhere install it by hand.
 .PHONY: dicom
 dicom:
 	@command -v dciodvfy >/dev/null || { apt-get update && apt-get install -y --no-install-recommends dicom3tools; } || \
 		echo "dicom3tools is missing: one test of DICOM is skipped"
 
-# The image is built by a proof, with Debian's tools, for which root is needed and 40 GB of disk.
+# The image is built by one of the proofs, with Debian's tools, which need root and 40 GB of disk.
 .PHONY: image-tools
 image-tools:
 	@PATH="$$PATH:/usr/sbin" && command -v buildah >/dev/null && command -v debootstrap >/dev/null || \
 		{ apt-get update && apt-get install -y --no-install-recommends buildah debootstrap; } || \
 		echo "buildah or debootstrap is missing: the image is not built"
 
-# napari brings plugins of pytest and other versions: its environment lies beside, for two tests, and sees the rest of
-# what it needs in .venv.
+# napari brings pytest plugins and other versions of packages, so it has an environment of its own, for two tests, which
+# finds everything else in .venv.
 PURELIB := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 .venv-napari/installed: constraints-napari.txt | venv
 	$(PYTHON) -m venv .venv-napari
@@ -76,13 +76,13 @@ PURELIB := python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'
 demo: venv
 	$(BIN)/wsi-gradcam demo $(SLIDE) --out $(OUT)
 
-# Threads of PyTorch that wait for others shall not take the cores of the processes beside them: half the time.
+# Waiting threads of PyTorch should not take cores from other processes: this halves the time.
 test coverage test-s3: export OMP_WAIT_POLICY := PASSIVE
 
 test: venv browser slurm dicom .venv-napari/installed
 	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --dist worksteal
 
-# Following every line takes a fifth of the tests' time.
+# Tracing every line takes a fifth of the tests' time.
 coverage: venv browser slurm dicom .venv-napari/installed
 	$(BIN)/python -m coverage erase
 	NAPARI_PYTHON=.venv-napari/bin/python $(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term
@@ -110,14 +110,14 @@ dist: venv
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m twine check --strict dist/*
 
-# For another Python: .venv/bin/nox --session wheel-3.13.
+# For a different Python: .venv/bin/nox --session wheel-3.13.
 wheel: dist
 	$(BIN)/python -m nox --session wheel-3.11; status=$$?; rm -rf .nox; exit $$status
 
 lowest: venv
 	$(BIN)/python -m nox --session lowest; status=$$?; rm -rf .nox; exit $$status
 
-# One after the other, as an environment takes 6 GB. noxfile.py says how those of pyenv are found.
+# One after the other, as an environment takes 6 GB. noxfile.py explains how those of pyenv are found.
 OTHERS := 3.12 3.13 3.14
 pythons: venv
 	for python in $(OTHERS); do \
