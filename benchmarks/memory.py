@@ -1,8 +1,8 @@
 """Peak memory of the whole process tree while explaining slides of 1 and 10 gigapixels of equal patch density.
 
-Memory must depend on batch, workers and block size alone. Prints one JSON object with `--json`:
-`ratios` (10 gigapixels over 1, for the serial executor and for one worker) and the peaks in MiB. With `--mpp-ratio 2`
-patches are resampled, as most are. `--modes serial --tissue 0.005` takes minutes.
+Memory must depend only on batch, workers and block size. Prints one JSON object with `--json`: `ratios` (10 gigapixels
+over 1, for the serial executor and for one worker) and the peaks in MiB. With `--mpp-ratio 2` patches are resampled, as
+they usually are. `--modes serial --tissue 0.005` takes minutes.
 
     python benchmarks/memory.py [--modes serial one_worker] [--mpp-ratio 1] [--tissue 0.05] [--quick] [--json]
 """

@@ -1,4 +1,4 @@
-"""How soon the command line answers, and how much is installed.
+"""How quickly the command line responds, and how much is installed.
 
 `cpu_s` is user plus system time of whole processes, the median of turns that alternate: a bare interpreter, `import
 wsi_gradcam`, `wsi-gradcam --help` and `wsi-gradcam explain --help`. With `--against`, another checkout takes turns with
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def figures_of(sides: dict[str, Path], turns: int) -> dict[str, Any]:
-    """Return CPU seconds by side and command, ratios, and what is installed."""
+    """Return CPU seconds by side and command, ratios, and how much is installed."""
     seconds = cpu_seconds(sides, turns)
     ours, theirs = seconds["ours"], seconds.get("theirs")
     ratios = {} if theirs is None else {f"{name}_over_theirs": ours[name] / theirs[name] for name in COMMANDS}
@@ -80,7 +80,7 @@ def cpu_of(command: Sequence[str], checkout: Path) -> float:
 
 
 def installed(checkout: Path) -> dict[str, int]:
-    """Return how many packages a checkout needs, itself among them, and their megabytes."""
+    """Return how many packages a checkout needs, including itself, and their megabytes."""
     project = tomllib.loads((checkout / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     sizes = {name: size_of(found) for name, found in needed(project["dependencies"]).items()}
     own = sum(path.stat().st_size for path in (checkout / "wsi_gradcam").rglob("*") if is_counted(path))
@@ -93,7 +93,7 @@ def installed(checkout: Path) -> dict[str, int]:
 
 
 def needed(requirements: Sequence[str]) -> dict[str, Distribution]:
-    """Return the packages that pip installs for some requirements, by name; what is not installed is left out."""
+    """Return the packages that pip installs for some requirements, by name; those not installed are left out."""
     found: dict[str, Distribution] = {}
     left, seen = list(parsed(requirements)), set()
     while left:

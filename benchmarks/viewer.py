@@ -3,10 +3,10 @@
     python benchmarks/viewer.py [--json] [--quick]
 
 A slide of 6144 px (JPEG, pyramid of 2 and 8) is explained with a tiny network; `wsi-gradcam view` serves it in a
-process of its own. Eight clients then ask for each tile once (cold: nothing of it is kept): of the overlay, and of the
-slide. After that, 20,000 requests of random tiles, patches and values while the server's memory is watched. Then a run
-of 1,000 slides is served, one of them with annotations of 50,000 vertices: the server's CPU time for what the page asks
-first, and with Chromium on the machine the first paint of the gallery, and of the annotated slide.
+separate process. Eight clients then request each tile of the overlay and of the slide once (cold: nothing is cached).
+After that come 20,000 requests for random tiles, patches and values while the server's memory is watched. Then a run of
+1,000 slides is served, one of them with annotations of 50,000 vertices: this gives the server's CPU time for the page's
+first requests and, if Chromium is installed, the first paint of the gallery and of the annotated slide.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ LOCAL = threading.local()
 
 
 def make_run(folder: Path, side_px: int) -> Path:
-    """OUT of a run over one slide."""
+    """The OUT of a run over one slide."""
     folder.mkdir(exist_ok=True)
     write_marker_slide(
         folder / "slide.tif",
@@ -73,7 +73,7 @@ def make_run(folder: Path, side_px: int) -> Path:
 
 
 def make_archive(folder: Path, slides: int, vertices: int) -> Path:
-    """OUT of a run over many slides with the results of one, and beside it annotations of that many vertices."""
+    """The OUT of a run over many slides, with the results of one, and beside it annotations with this many vertices."""
     out = make_run(folder, 1024)
     rows, record = read_slides(out / "slides.csv"), read_slide_records(out / "slides.jsonl")
     names = [f"slide-{number:04d}.tif" for number in range(slides - 1)]
@@ -107,7 +107,7 @@ def ring(y: float, x: float, points: int) -> list[list[float]]:
 
 
 def cpu_ms(url: str, process: psutil.Process, path: str, times: int = 5) -> list[float]:
-    """Milliseconds of CPU time that the server takes for each of several equal requests."""
+    """Milliseconds of CPU time that the server takes for each of several identical requests."""
     found = []
     for _ in range(times):
         before = sum(process.cpu_times()[:2])
@@ -122,7 +122,7 @@ def measure_many(folder: Path, quick: bool) -> dict[str, Any]:
     with serving(out, "--annotations", str(folder / "drawn")) as (url, process):
         listed = "/api/slides?limit=24&sort=name"
         wanted, until = 5 if quick else MANY, time.monotonic() + BACKGROUND_S
-        while json.loads(ask(url, listed)[1])["scored"] < wanted:  # what runs in the background ends
+        while json.loads(ask(url, listed)[1])["scored"] < wanted:  # background work ends
             assert time.monotonic() < until, "slides are not scored"
             time.sleep(0.2)
         time.sleep(1)
