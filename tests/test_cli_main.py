@@ -60,8 +60,9 @@ def test_the_real_command_from_beginning_to_end(made: Path, finished: Path, tmp_
     assert lines[0] == "2 slides, model pooled_linear, layer features, targets other, marker"
     assert "a.tif: 56 patches, 56 to do" in lines
     assert re.fullmatch(r"\[2/2\] b\.tif: ok, \d+\.\d s", lines[-1])
-    (tmp_path / "notes.dat").touch()
-    failed = command("explain", tmp_path / "notes.dat", *arguments[1:], *SMALL_FLAGS)
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "notes.dat").touch()
+    failed = command("explain", tmp_path / "kept" / "notes.dat", *arguments[1:], *SMALL_FLAGS)
     assert failed.returncode == 1
     assert "Traceback" not in failed.stderr
     wrong = command("explain", made / "none.svs", *arguments[1:], *SMALL_FLAGS)

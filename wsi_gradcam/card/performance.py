@@ -49,7 +49,7 @@ class Roc:
         group: its site; "" for all.
         positive, negative: numbers of slides.
         brier: mean squared error of the slide's probability; None for a score that is not a probability.
-        predicted: mean of the score.
+        predicted: mean of the probability; None for other scores.
         auroc: area under the curve, with ties counting half; None if all slides have the same label.
         interval: its 95% interval; None if there are fewer than `FEWEST` slides with or without the class.
         curve: false and true positive rates, [n, 2], from (0, 0) to (1, 1).
@@ -62,7 +62,7 @@ class Roc:
     auroc: float | None
     interval: tuple[float, float] | None
     curve: tuple[tuple[float, float], ...]
-    predicted: float = math.nan
+    predicted: float | None = None
     brier: float | None = None
 
     @property
