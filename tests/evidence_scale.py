@@ -16,6 +16,8 @@ import json
 import os
 import pickle
 import resource
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -138,8 +140,8 @@ def of_slides(slides: int, place: Path, plan_only: bool) -> dict[str, float]:
     from wsi_gradcam.executors import SerialExecutor
     from wsi_gradcam.results.run import open_result
 
-    out = listed_often(place, slides)
-    found, started = {"explained": peak()}, time.process_time()
+    subprocess.run([sys.executable, "-m", "tests.evidence_scale", "list", str(slides), str(place)], check=True)
+    out, found, started = place / "out", {"begun": peak()}, time.process_time()
     if plan_only:
         run, settings = open_run(open_result(out), trust_code=True), EvidenceSettings(places=32 * slides)
         eager = run.plan(SerialExecutor().examine(run.spec, run.model_settings, [], None))
@@ -161,12 +163,14 @@ def of_slides(slides: int, place: Path, plan_only: bool) -> dict[str, float]:
 def main() -> None:
     """Print the peaks."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["places", "slides"])
+    parser.add_argument("what", choices=["places", "slides", "list"], help="list: only make the results of slides")
     parser.add_argument("count", type=int)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--plan", action="store_true", help="of slides, only what comes before work begins")
     options = parser.parse_args()
-    if options.what == "places":
+    if options.what == "list":
+        listed_often(options.folder, options.count)
+    elif options.what == "places":
         print(json.dumps(of_places(options.count, options.folder)))
     else:
         print(json.dumps(of_slides(options.count, options.folder, options.plan)))

@@ -29,6 +29,7 @@ from tests.planted import CELL_PX, GREEN, SIDE_PX, as_model, patches, to_images,
 from tests.toy_models import PooledLinear
 from wsi_gradcam.audit.measures.subject import Subject
 from wsi_gradcam.audit.plan import patch_seeds, write_arrays
+from wsi_gradcam.audit.schema import PEN
 from wsi_gradcam.cam.targets import Target
 from wsi_gradcam.evidence import EvidenceFolder, EvidencePlan, EvidenceSettings, SlideShare
 from wsi_gradcam.evidence.clusters import find_kinds
@@ -117,7 +118,9 @@ def _judge(archive: Archive, network: nn.Module, seed: int, place: Path) -> tupl
     for slide in names:
         seen = Seen(rgb[slide], rgb[slide], 0.5, (242, 242, 242), patch_seeds(seed, slide, range(count)))
         about = {"number": np.arange(count), "weight": np.ones(count), "yx": np.array(yx)}
-        arrays = {f"patch/{key}": values for key, values in about.items()} | describe(subject, seen, target)
+        found = describe(subject, seen, target)
+        del found[f"suspect/{PEN}"]  # markers are green, as ink may be: kinds shall be found by what the network sees
+        arrays = {f"patch/{key}": values for key, values in about.items()} | found
         if plan.probed(slide):
             arrays["probe/answers"] = probe(subject, rgb[slide][: plan.probed(slide)], seed)
         write_arrays(folder.batch(slide, plan.digest, 0), arrays)

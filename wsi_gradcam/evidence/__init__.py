@@ -48,7 +48,6 @@ COLOURS = (
     *("E69F00", "0072B2", "009E73", "F0E442", "56B4E9", "D55E00", "000000", "CC79A7"),
     *("117733", "88CCEE", "332288", "999933", "AA4499", "44AA99", "661100", "BBBBBB"),
 )
-BARE_GLASS = "bare glass"  # the name of such a kind, unless it is given another
 NOTHING = 255  # in label images: looked at, but of no kind
 PRESENT = 0.01  # of a slide's evidence; from this share on, a kind is said to occur on it
 

@@ -23,6 +23,7 @@ from wsi_gradcam.audit.questions.bag_trust import COPIES, DRAWN, DRAWN_AT_ONCE
 from wsi_gradcam.audit.schema import BLUR, GLASS, PEN
 from wsi_gradcam.errors import SlideError, SlideFormatError, one_line
 from wsi_gradcam.evidence import NOTHING, PIECE, PRESENT, EvidenceFolder, drawn_patches
+from wsi_gradcam.evidence.clusters import SHOWN, shown_by
 from wsi_gradcam.evidence.tables import stored_plan
 from wsi_gradcam.mil.attribution import explain_bag
 from wsi_gradcam.mil.networks import Pooled
@@ -188,12 +189,13 @@ def sort_bag(context: Context[Any], entry: SlideEntry) -> Processed:
     stored_plan(context.folder(entry), plan)
     numbers = Bag(context.features(entry)).rows
     kinds, values = np.full(len(numbers), -1), np.zeros(len(numbers))
-    glass = np.nan_to_num(context.patch_store(entry).share(GLASS))[numbers]
+    store = context.patch_store(entry)
+    shown = shown_by({name: np.nan_to_num(store.share(name))[numbers] for name in SHOWN})
 
     def take(start: int, parts: Floats) -> None:
         part = slice(start, start + len(parts))
         values[part] = parts.sum(axis=1)
-        kinds[part] = sorter.sort(parts, values[part], glass[part])
+        kinds[part] = sorter.sort(parts, values[part], shown[part])
 
     walk(context, entry, take)
     sums = np.zeros((len(numbers), len(sorter)), np.float32)
@@ -201,13 +203,13 @@ def sort_bag(context: Context[Any], entry: SlideEntry) -> Processed:
     sums[own, kinds[own]] = values[own]
     arrays: Arrays = {
         "patch/number": numbers,
-        "patch/yx": context.patch_store(entry).yx()[numbers],
+        "patch/yx": store.yx()[numbers],
         "cells/kinds": np.where(kinds < 0, NOTHING, kinds + 1).astype(np.uint8)[:, None, None],
         "cells/sums": sums,
         "cells/values": values,
     }
-    if (store := context.features(entry)).has(BOXES):
-        arrays["patch/box"] = store.read(BOXES)[numbers]
+    if (features := context.features(entry)).has(BOXES):
+        arrays["patch/box"] = features.read(BOXES)[numbers]
     write_arrays(place, arrays)
     return Processed(count, 0, 0.0, time.perf_counter() - started)
 

@@ -4,10 +4,10 @@ Contributions [n, C] are unit vectors, so that places are alike in what they con
 They are brought to their few main axes, in pieces and weighed by the size of the contribution, and sorted there: what
 speaks for the target and what speaks against it, each for itself. Of the numbers of kinds that stay the same on other
 halves of the places with other seeds (adjusted Rand index, Hubert and Arabie 1985) the one is taken whose kinds lie
-farthest apart (silhouette, Rousseeuw 1987); where none stays, or none lies apart, that is said. Bare glass is a kind by
-what it is, not by what the model makes of it: to a network glass may be what lymphocytes are, neither being tumour, and
-nobody would call the two one morphology. Places are read once, and memory depends on the number of channels and not on
-that of places.
+farthest apart (silhouette, Rousseeuw 1987); where none stays, or none lies apart, that is said. Bare glass and ink are
+kinds by what they are, not by what the model makes of them: to a network glass may be what lymphocytes are, neither
+being tumour, and nobody would call the two one morphology. Places are read once, and memory depends on the number of
+channels and not on that of places.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from wsi_gradcam.audit.schema import GLASS, PEN
 from wsi_gradcam.errors import from_extra
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Floats = NDArray[np.float64]
-    Shares = NDArray[np.floating[Any]]
+    Shown = NDArray[np.int8]
 
 Side = Literal["for", "against"]
 SIDES: tuple[Side, ...] = ("for", "against")
@@ -41,8 +42,10 @@ STABLE = 0.8  # mean adjusted Rand index over pairs of seeds from which a number
 APART = 0.25  # mean silhouette below which there is no structure to speak of (Kaufman and Rousseeuw 1990)
 REST = 0.05  # of all contributions, in the places that contribute least, are of no kind
 STEPS = 64  # of contributions, for each doubling, in which their distribution is kept
-GLASS_CELL = 0.5  # of a place's area, from which it is bare glass
-GLASS_SHARE = 0.02  # of a side's evidence, from which glass is a kind of its own; tissue must have as much
+NO_TISSUE = ("bare glass", "ink")  # kinds of what is there, so named unless they are given other names
+# What places show in the order of `NO_TISSUE`, with the share of a place from which it is that; ink should be nowhere.
+SHOWN = {GLASS: 0.5, PEN: 0.2}
+APART_SHARE = 0.01  # of a side's evidence, from which glass or ink is a kind of its own; tissue must have as much
 SPARE = 1.25  # times as many places are kept as are needed: some lie below the floor
 
 
@@ -56,7 +59,7 @@ class Kinds:
         sides: of each kind.
         floors: of each side; places that contribute less to it are of no kind.
         middles: [k] half of a kind lies on places that contribute more than this.
-        glass: the numbers of kinds that are bare glass: of each side one at the most.
+        shows: of kinds that are bare glass or ink, by their numbers: what of `NO_TISSUE`, from 1 on.
     """
 
     axes: NDArray[np.float32]
@@ -64,11 +67,11 @@ class Kinds:
     sides: tuple[Side, ...]
     floors: tuple[float, float]
     middles: tuple[float, ...] = ()
-    glass: tuple[int, ...] = ()
+    shows: Mapping[int, int] = field(default_factory=dict)
 
     def digest(self) -> str:
         """Return the sha256 of all that sorts."""
-        found = hashlib.sha256(repr((self.sides, self.floors, self.middles, self.glass)).encode())
+        found = hashlib.sha256(repr((self.sides, self.floors, self.middles, self.shows)).encode())
         for array in (self.axes, self.centres):
             found.update(np.ascontiguousarray(array).tobytes())
         return found.hexdigest()
@@ -76,23 +79,23 @@ class Kinds:
     def __len__(self) -> int:
         return len(self.centres)
 
-    def sort(self, features: NDArray[Any], values: Floats, glass: Shares | None = None) -> NDArray[np.int64]:
+    def sort(self, features: NDArray[Any], values: Floats, shown: Shown | None = None) -> NDArray[np.int64]:
         """Return the kind [n] of places with these contributions [n, C] of this sum [n]; -1 for none.
 
         Args:
-            glass: [n] what share of each place is bare glass; None: there is none.
+            shown: [n] what each place shows: 0 tissue, else of `NO_TISSUE`; None: tissue everywhere.
         """
         found: NDArray[np.int64] = np.full(len(values), -1)
         likeness = self.likeness(features)
         for side, floor in zip(SIDES, self.floors, strict=True):
             speaking = _speaking(values, side) >= floor
-            own = [i for i, of in enumerate(self.sides) if of == side and i not in self.glass]
+            own = [i for i, of in enumerate(self.sides) if of == side and i not in self.shows]
             rows = np.flatnonzero(speaking)
             if own and len(rows):
                 found[rows] = np.array(own)[likeness[rows][:, own].argmax(axis=1)]
-            for kind in self.glass:
-                if self.sides[kind] == side and glass is not None:
-                    found[speaking & (glass >= GLASS_CELL)] = kind
+            for kind, what in self.shows.items():
+                if self.sides[kind] == side and shown is not None:
+                    found[speaking & (shown == what)] = kind
         return found
 
     def likeness(self, features: NDArray[Any]) -> NDArray[np.float32]:
@@ -118,8 +121,8 @@ class Choice:
     tried: dict[Side, tuple[Trial, ...]]
 
     def chosen(self, side: Side) -> Trial | None:
-        """Return the trial of the number of kinds that a side has, without glass; None where it has none."""
-        count = sum(of == side and i not in self.kinds.glass for i, of in enumerate(self.kinds.sides))
+        """Return the trial of the number of kinds that a side has of tissue; None where it has none."""
+        count = sum(of == side and i not in self.kinds.shows for i, of in enumerate(self.kinds.sides))
         return next((one for one in self.tried[side] if one.kinds == count), None)
 
     def is_sure(self, side: Side) -> bool:
@@ -128,31 +131,30 @@ class Choice:
         return one is None or one.kinds == 1 or (one.stability >= STABLE and one.silhouette >= APART)
 
 
-Piece = tuple["NDArray[Any]", "Floats", "Floats", "Shares"]
-"""Contributions [n, C], their sums [n], weights [n], and shares [n] of bare glass of places."""
+Piece = tuple["NDArray[Any]", "Floats", "Floats", "Shown"]
+"""Contributions [n, C], their sums [n], weights [n] of places, and what they show [n], see `Kinds.sort`."""
 
 
 def find_kinds(pieces: Iterable[Piece], seed: int) -> Choice | None:
     """Return the kinds of the places that `pieces` yields; None where nothing contributes."""
     moment, drawn = _Moment(), {side: _Drawn(side, seed) for side in SIDES}
-    for features, values, weights, glass in pieces:
+    for features, values, weights, shown in pieces:
         moment.add(features, np.abs(values) * weights)
         for one in drawn.values():
-            one.add(features, values, weights, glass)
+            one.add(features, values, weights, shown)
     floors = (drawn["for"].floor(), drawn["against"].floor())
     if not any(np.isfinite(floors)):
         return None
     axes = moment.axes()
     found: dict[Side, _OfSide] = {}
     samples = {side: drawn[side].above(floor) for side, floor in zip(SIDES, floors, strict=True)}
-    for side, (features, _, glass) in samples.items():
+    for side, (features, _, shown) in samples.items():
         if len(features):
-            found[side] = _with_glass(_on(axes, features), glass >= GLASS_CELL, seed)
+            found[side] = _of_side(_on(axes, features), shown, seed)
     centres = np.concatenate([one.centres for one in found.values()])
     sides = tuple(side for side, one in found.items() for _ in one.centres)
-    starts = {side: sides.index(side) for side in found}
-    bare = tuple(starts[side] + one.glass for side, one in found.items() if one.glass is not None)
-    kinds = Kinds(axes, centres, sides, floors, glass=bare)
+    shows = {sides.index(side) + i: what for side, one in found.items() for i, what in one.shows.items()}
+    kinds = Kinds(axes, centres, sides, floors, shows=shows)
     return Choice(
         replace(kinds, middles=_middles(kinds, samples)), {s: found[s].tried if s in found else () for s in SIDES}
     )
@@ -160,32 +162,35 @@ def find_kinds(pieces: Iterable[Piece], seed: int) -> Choice | None:
 
 @dataclass(frozen=True, eq=False)
 class _OfSide:
-    """The centres [k, R] of the kinds of a side, the largest first, which of them is glass, and all trials."""
+    """The centres [k, R] of the kinds of a side, the largest first, which show no tissue, and all trials."""
 
     centres: NDArray[np.float32]
-    glass: int | None
+    shows: dict[int, int]
     tried: tuple[Trial, ...]
 
 
-def _with_glass(sample: NDArray[np.float32], glass: NDArray[np.bool_], seed: int) -> _OfSide:
-    """Return the kinds of places [n, R] on the main axes; those on glass are one, where there are enough of them."""
-    share = float(glass.mean())
-    if not GLASS_SHARE <= share <= 1 - GLASS_SHARE:
-        centres, tried = _sorted(sample, seed)
-        return _OfSide(centres, None, tried)
-    centres, tried = _sorted(sample[~glass], seed)
-    sizes = np.bincount((sample[~glass] @ centres.T).argmax(axis=1), minlength=len(centres))
-    place = int((sizes >= glass.sum()).sum())
-    middle = sample[glass].mean(axis=0)
-    middle = (middle / max(float(np.linalg.norm(middle)), 1e-12)).astype(np.float32)
-    return _OfSide(np.insert(centres, place, middle, axis=0), place, tried)
+def _of_side(sample: NDArray[np.float32], shown: Shown, seed: int) -> _OfSide:
+    """Return the kinds of places [n, R] on the main axes; those on glass are one, where there are enough, as is ink."""
+    apart = [what for what in range(1, 1 + len(NO_TISSUE)) if (shown == what).mean() >= APART_SHARE]
+    tissue = ~np.isin(shown, apart)
+    if tissue.mean() < APART_SHARE:
+        apart, tissue = [], np.ones(len(sample), np.bool_)
+    centres, tried = _sorted(sample[tissue], seed)
+    sizes = np.bincount((sample[tissue] @ centres.T).argmax(axis=1), minlength=len(centres)).tolist()
+    middles = [sample[shown == what].mean(axis=0) for what in apart]
+    unit = [middle / max(float(np.linalg.norm(middle)), 1e-12) for middle in middles]
+    sizes += [int((shown == what).sum()) for what in apart]
+    order = np.argsort(-np.array(sizes), kind="stable").tolist()
+    whats = [0] * len(centres) + apart
+    shows = {place: whats[i] for place, i in enumerate(order) if whats[i]}
+    return _OfSide(np.stack([*centres, *unit])[order].astype(np.float32), shows, tried)
 
 
-def _middles(kinds: Kinds, samples: Mapping[Side, tuple[NDArray[Any], Floats, Shares]]) -> tuple[float, ...]:
+def _middles(kinds: Kinds, samples: Mapping[Side, tuple[NDArray[Any], Floats, Shown]]) -> tuple[float, ...]:
     """Return for each kind the median contribution of places that are drawn in proportion to it."""
     middles = [0.0] * len(kinds)
-    for features, values, glass in samples.values():
-        sorted_as = kinds.sort(features, values, glass)
+    for features, values, shown in samples.values():
+        sorted_as = kinds.sort(features, values, shown)
         for kind in np.unique(sorted_as[sorted_as >= 0]).tolist():
             middles[kind] = float(np.median(np.abs(values[sorted_as == kind])))
     return tuple(middles)
@@ -212,6 +217,20 @@ def chosen_number(tried: Sequence[Trial]) -> int:
     if stable:
         return max(stable, key=lambda one: one.silhouette).kinds
     return max(tried, key=lambda one: one.stability).kinds
+
+
+def shown_of(arrays: Mapping[str, NDArray[Any]]) -> Shown:
+    """Return what each place of a piece shows, see `Kinds.sort`; tissue where pixels were not looked at."""
+    nothing = np.zeros(len(arrays["place/value"]))
+    return shown_by({name: arrays.get(f"suspect/{name}", nothing) for name in SHOWN})
+
+
+def shown_by(shares: Mapping[str, NDArray[Any]]) -> Shown:
+    """Return what places show, given the shares [n] of each that are glass and ink."""
+    found = np.zeros(len(shares[GLASS]), np.int8)
+    for what, (name, least) in enumerate(SHOWN.items(), 1):
+        found[shares[name] >= least] = what
+    return found
 
 
 class _Moment:
@@ -246,11 +265,11 @@ class _Drawn:
         self._side, self._random = side, np.random.default_rng(seed)
         self._below: dict[int, float] = {}  # what places contribute, by steps of their size
         self._times, self._values = np.zeros(0), np.zeros(0)
-        self._glass: Shares = np.zeros(0)
+        self._shown: Shown = np.zeros(0, np.int8)
         self._features: NDArray[Any] | None = None
 
-    def add(self, features: NDArray[Any], values: Floats, weights: Floats, glass: Shares) -> None:
-        """Add places: contributions [n, C], their sums [n], weights [n], and shares [n] of bare glass."""
+    def add(self, features: NDArray[Any], values: Floats, weights: Floats, shown: Shown) -> None:
+        """Add places: contributions [n, C], their sums [n], weights [n], and what they show [n]."""
         waiting = self._random.exponential(size=len(values))
         size = _speaking(values, self._side)
         rows = np.flatnonzero((size > 0) & (weights > 0))
@@ -268,7 +287,7 @@ class _Drawn:
         first = np.sort(np.argsort(times, kind="stable")[: int(SPARE * FITTED)])
         self._times, self._features = times[first], kept[first]
         self._values = np.concatenate([self._values, values[rows]])[first]
-        self._glass = np.concatenate([self._glass, glass[rows]])[first]
+        self._shown = np.concatenate([self._shown, shown[rows]])[first]
 
     def floor(self) -> float:
         """Return the contribution below which places hold less than `REST` of all; infinite where there is none."""
@@ -278,13 +297,13 @@ class _Drawn:
         below = np.cumsum([self._below[step] for step in steps])
         return float(2.0 ** (steps[int(np.searchsorted(below, REST * below[-1]))] / STEPS))
 
-    def above(self, floor: float) -> tuple[NDArray[Any], Floats, Shares]:
-        """Return contributions [n, C], sums [n] and shares [n] of glass of those places drawn that reach the floor."""
+    def above(self, floor: float) -> tuple[NDArray[Any], Floats, Shown]:
+        """Return contributions [n, C], sums [n], and what is shown [n], of places drawn that reach the floor."""
         if self._features is None:
-            return np.zeros((0, 0)), np.zeros(0), np.zeros(0)
+            return np.zeros((0, 0)), np.zeros(0), self._shown
         rows = np.flatnonzero(_speaking(self._values, self._side) >= floor)
         first = np.sort(rows[np.argsort(self._times[rows], kind="stable")[:FITTED]])
-        return self._features[first], self._values[first], self._glass[first]
+        return self._features[first], self._values[first], self._shown[first]
 
 
 def _speaking(values: Floats, side: Side) -> Floats:

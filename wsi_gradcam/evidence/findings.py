@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 MUCH_MORE = 3.0  # a kind must be this many times denser in one group than in the others to be reported
 ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur, the border, or what is given: reported from here on
+WORTH_TELLING = 0.05  # of the evidence, on such things, where covering it does not show that it matters
 FACTORS = ("site", "scanner", "label")
 
 
@@ -377,12 +378,17 @@ def _covering(covered: Covered, facts: Facts) -> Covering | None:
 
 
 def in_words(kinds: Sequence[KindRow], target: str, level: Unit = "patch") -> list[Finding]:
-    """Return the findings: shortcuts, suspects, then the evidence by share, then what is unevenly spread."""
-    found: list[tuple[int, float, Finding]] = []
+    """Return the findings: shortcuts, of which those on what should not decide come first, then such things, then the
+    evidence by its share, then what is unevenly spread.
+    """
+    found: list[tuple[float, float, Finding]] = []
     for row in kinds:
         weight = -(row.share.value or 0.0)
         if row.shortcut:
-            found.append((0, weight, Finding(kind="shortcut", cluster=row.number, words=_shortcut_words(row, target))))
+            known = 0.0 if _suspect(row)[1] >= ON_SUSPECT else 0.5
+            found.append(
+                (known, weight, Finding(kind="shortcut", cluster=row.number, words=_shortcut_words(row, target)))
+            )
         elif row.side == "for" and (words := _suspect_words(row, target)):
             found.append((1, weight, Finding(kind="suspect", cluster=row.number, words=words)))
         elif row.side == "for":
@@ -421,7 +427,7 @@ def _suspect(row: KindRow) -> tuple[str, float]:
 
 def _suspect_words(row: KindRow, target: str) -> str:
     name, share = _suspect(row)
-    if share < ON_SUSPECT:
+    if share < ON_SUSPECT or not (matters(row) or (row.share.value or 0.0) >= WORTH_TELLING):
         return ""
     effect = f", and {_effect(row)}" if matters(row) else ""
     of_all = percent(row.share.value or 0.0)

@@ -36,7 +36,6 @@ from wsi_gradcam.audit.running import (
 from wsi_gradcam.cam.targets import PREDICTED
 from wsi_gradcam.errors import ConfigError, ResultError
 from wsi_gradcam.evidence import (
-    BARE_GLASS,
     PIECE,
     PLACES,
     EvidenceFolder,
@@ -45,12 +44,12 @@ from wsi_gradcam.evidence import (
     SlideShare,
     is_given,
 )
-from wsi_gradcam.evidence.clusters import Choice, Piece, find_kinds, need_library
+from wsi_gradcam.evidence.clusters import NO_TISSUE, Choice, Piece, find_kinds, need_library, shown_of
 from wsi_gradcam.evidence.comparing import OtherEvidence, carry_names, compare_evidence, open_evidence
 from wsi_gradcam.evidence.findings import Covered, Evidence, Facts, KindRow, find, is_worth_sorting
 from wsi_gradcam.evidence.page import write_report
 from wsi_gradcam.evidence.stages import EvidenceWorkload
-from wsi_gradcam.evidence.tables import Tally, glass_of, measured, tally, weights_of
+from wsi_gradcam.evidence.tables import Tally, measured, tally, weights_of
 from wsi_gradcam.executors import open_executor
 from wsi_gradcam.io.paths import StoragePathLike, storage_path
 from wsi_gradcam.results.manifest import SlideStatus
@@ -211,7 +210,7 @@ def _passes(
         choice = find_kinds(drawn_pieces(folder, plan, ids), plan.settings.seed)
     if choice is None:
         return _finish(folder, plan, run, records, _Found(None, _unsorted(folder, plan, ids), learned))
-    names = dict.fromkeys((i + 1 for i in choice.kinds.glass), BARE_GLASS)
+    names = {i + 1: NO_TISSUE[what - 1] for i, what in choice.kinds.shows.items()}
     names |= carry_names(folder, choice.kinds)
     single = len(read) < FEWEST_SLIDES
     second = replace(plan, step="sort", kinds=choice.kinds, names=names, given=drawings, single=single)
@@ -275,7 +274,7 @@ def drawn_pieces(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[st
     for i in read[np.argsort(order[read])].tolist():
         arrays = read_arrays(folder.batch(slides[slide[i]], plan.digest, int(number[i])))
         if len(arrays["patch/number"]):
-            yield arrays["place/features"], arrays["place/value"], weights_of(arrays), glass_of(arrays)
+            yield arrays["place/features"], arrays["place/value"], weights_of(arrays), shown_of(arrays)
 
 
 def learned_of(folder: EvidenceFolder, plan: EvidencePlan, slides: Sequence[str]) -> Verdict:

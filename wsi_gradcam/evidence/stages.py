@@ -16,7 +16,6 @@ from wsi_gradcam.audit.measures.sanity import random_answers
 from wsi_gradcam.audit.measures.shortcuts import cover, input_masks, masking, suspects
 from wsi_gradcam.audit.measures.subject import Aim, Subject
 from wsi_gradcam.audit.plan import Arrays, patch_seeds, write_arrays
-from wsi_gradcam.audit.schema import GLASS
 from wsi_gradcam.cam.engine import gradients
 from wsi_gradcam.cam.targets import make_score
 from wsi_gradcam.cam.trunks import exact
@@ -31,6 +30,7 @@ from wsi_gradcam.evidence import (
     drawn_patches,
 )
 from wsi_gradcam.evidence.bags import MEASURE_BAG, SHOW_BAG, SORT_BAG
+from wsi_gradcam.evidence.clusters import SHOWN, shown_by
 from wsi_gradcam.evidence.comparing import compare_slide
 from wsi_gradcam.evidence.tables import draw_cells, draw_slide, sort_slide, stored_plan
 from wsi_gradcam.run.claims import EVIDENCE
@@ -157,16 +157,17 @@ class Sorted:
 
 
 def sort_cells(subject: Subject, rgb: Rgb, target: AnyTarget, kinds: Kinds, seen: Seen | None = None) -> Sorted:
-    """Return patches with each of their cells sorted into kinds; `seen` tells where they show glass, if any do."""
+    """Return patches with each of their cells sorted into kinds; `seen` tells where they show glass or ink."""
     images = subject.images(rgb)
     logits, parts = contributions(subject, images, target)
     shape = (parts.shape[0], parts.shape[2], parts.shape[3])
     features = parts.flatten(2).transpose(1, 2).flatten(0, 1).float().cpu().numpy()
     values = features.sum(axis=1, dtype=np.float64)
-    glass = None
-    if seen is not None and kinds.glass:
-        glass = cover(seen.shown(suspects(seen.raw, seen.mpp, seen.glass)[GLASS]), shape[1:]).ravel()
-    sorted_as = kinds.sort(features, values, glass).reshape(shape)
+    shown = None
+    if seen is not None and kinds.shows:
+        masks = suspects(seen.raw, seen.mpp, seen.glass)
+        shown = shown_by({name: cover(seen.shown(masks[name]), shape[1:]).ravel() for name in SHOWN})
+    sorted_as = kinds.sort(features, values, shown).reshape(shape)
     return Sorted(images, logits, values.reshape(shape).astype(np.float32), sorted_as)
 
 

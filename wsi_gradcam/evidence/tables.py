@@ -15,10 +15,9 @@ import numpy as np
 
 from wsi_gradcam.audit.archive import Annotated, ReadablePatches, annotated_slide, ground_of, sample_columns
 from wsi_gradcam.audit.plan import Arrays, patch_seeds, read_arrays, write_arrays
-from wsi_gradcam.audit.schema import GLASS
 from wsi_gradcam.errors import ResumeError
 from wsi_gradcam.evidence import PIECE, DrawnPatches, EvidenceFolder, Shown, drawn_patches, sample_digest
-from wsi_gradcam.evidence.clusters import SIDES
+from wsi_gradcam.evidence.clusters import SIDES, shown_of
 from wsi_gradcam.evidence.labels import is_whole, name_labels, write_labels
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.results.manifest import Manifest
@@ -149,12 +148,6 @@ def weights_of(arrays: Arrays) -> Floats:
     return weights
 
 
-def glass_of(arrays: Arrays) -> Floats:
-    """Return what share of each place of a piece is bare glass; 0 of places whose pixels were not looked at."""
-    found: Floats = arrays.get(f"suspect/{GLASS}", np.zeros(len(arrays["place/value"])))
-    return found
-
-
 def write_places(folder: EvidenceFolder, plan: EvidencePlan, slide: str, slide_plan: SlidePlan, given: Given) -> Arrays:
     """Write a row a place: patch, centre in level-0 px, kind (0 for none), contribution, weight; return the sums."""
     assert plan.kinds is not None
@@ -162,7 +155,7 @@ def write_places(folder: EvidenceFolder, plan: EvidencePlan, slide: str, slide_p
     table = Table()
     for arrays in measured(folder, plan, slide):
         features, values = arrays["place/features"], arrays["place/value"]
-        kinds = plan.kinds.sort(features, values, glass_of(arrays))
+        kinds = plan.kinds.sort(features, values, shown_of(arrays))
         shares = given.shares(arrays, slide_plan.view, plan.grid)
         sums.add(arrays, kinds, likeness_of(plan.kinds, features, kinds), shares)
         patch = arrays["place/patch"]

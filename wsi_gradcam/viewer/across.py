@@ -28,7 +28,8 @@ from wsi_gradcam.errors import (
     WsiGradcamError,
     one_line,
 )
-from wsi_gradcam.evidence import BARE_GLASS, EvidenceFolder
+from wsi_gradcam.evidence import EvidenceFolder
+from wsi_gradcam.evidence.clusters import NO_TISSUE
 from wsi_gradcam.evidence.findings import Evidence, KindRow, in_words, uneven
 from wsi_gradcam.evidence.labels import PLACES, by_patch, give_name, read_names, read_rows
 from wsi_gradcam.io.documents import read_json
@@ -148,8 +149,8 @@ class EvidenceIndex:
             return {kind.number: kind.name for kind in self.read().clusters if kind.name}
 
     def _unnamed(self) -> dict[int, str]:
-        """Return the names of clusters that nobody has named: those of bare glass."""
-        return {kind.number: kind.name for kind in self.read().clusters if kind.name == BARE_GLASS}
+        """Return the names of clusters that nobody has named: those of bare glass and ink."""
+        return {kind.number: kind.name for kind in self.read().clusters if kind.name in NO_TISSUE}
 
     @property
     def can_name(self) -> bool:
