@@ -101,9 +101,9 @@ def test_what_a_model_has_begun_to_look_at_and_what_it_has_dropped(before: Kinds
     told = {(row.cluster, row.there): row.change for row in found.rows}
     assert told == {(1, 1): "more", (2, None): "begun", (None, 1): "more", (None, 2): "dropped"}
     assert found.words == [
-        "new looks more at cluster 1: 62 % of its evidence for tumour lies there, and 53 % of that of old.",
-        "new has begun to look at cluster 2: 38 % of its evidence for tumour lies there, and 0 % of that of old.",
-        "new has dropped cluster 2 of old: 0 % of its evidence for tumour lies there, and 47 % of that of old.",
+        "new looks more at cluster 1: 62% of its evidence for tumour lies there, and 53% of that of old.",
+        "new has begun to look at cluster 2: 38% of its evidence for tumour lies there, and 0% of that of old.",
+        "new has dropped cluster 2 of old: 0% of its evidence for tumour lies there, and 47% of that of old.",
     ]
 
 

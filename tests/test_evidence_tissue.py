@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.conftest import SHARED_DATA
-from tests.planted_tissue import found, main, models, write_archive
+from tests.planted_tissue import found, models, write_archive
 from wsi_gradcam.cli.main import main as command
 
 if TYPE_CHECKING:
@@ -67,7 +67,3 @@ def test_the_command_fails_on_it(
         ]
         assert command(asked) == status
         assert bool(json.loads(capsys.readouterr().out)["failed_on"]) == bool(status)
-
-
-def test_another_stain_of_a_site_is_found(tmp_path: Path) -> None:
-    assert main([str(tmp_path), "--shortcut", "stain"]) == 0
