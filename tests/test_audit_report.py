@@ -191,7 +191,7 @@ def test_a_page_is_well_formed_and_says_all() -> None:
     for question in QUESTIONS:
         assert question_named(question).words.title in page.text
     assert "holds" in page.text
-    assert "against noise (control): +0.5 logits (0.4 to 0.6), larger in 90 % of the patches" in page.text
+    assert "against noise (control): +0.5 logits (0.4 to 0.6), larger in 90% of the patches" in page.text
     assert "p = 0.03, corrected for all verdicts" in page.text
     assert "40 of 4,000, from 8 of 20 slides" in page.text
     assert 'href="./more/b.svs/report.html"' in text
@@ -213,11 +213,11 @@ def test_numbers_have_a_minus_sign_and_no_minus_zero() -> None:
     assert value(row) == "−0.25 (−0.35 to −0.15)"
     assert (
         value(row.model_copy(update={"unit": "share", "value": -0.001, "low": -0.2, "high": 0.0}))
-        == "0 % (−20 % to 0 %)"
+        == "0% (−20% to 0%)"
     )
     assert value(row.model_copy(update={"low": None})) == "−0.25"
     change = comparison_row("jpeg", "noise")
-    assert difference(change.model_copy(update={"unit": "share", "difference": -0.004})) == "0 % (40 % to 60 %)"
+    assert difference(change.model_copy(update={"unit": "share", "difference": -0.004})) == "0% (40% to 60%)"
     assert difference(change.model_copy(update={"difference": -0.5, "better": None})) == "−0.5 logits (0.4 to 0.6)"
     assert difference(change.model_copy(update={"unit": "0 to 1", "better": None})) == "+0.5 (0.4 to 0.6)"
 

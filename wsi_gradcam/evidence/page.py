@@ -148,7 +148,7 @@ def _against(row: AgainstRow) -> tuple[str, ...]:
 
 def _spread(one: Spread) -> tuple[str, ...]:
     groups = ", ".join(
-        f"{name}: {100 * one.share[name]:.1f} % ({found} of {of} slides)" for name, (found, of) in one.groups.items()
+        f"{name}: {100 * one.share[name]:.1f}% ({found} of {of} slides)" for name, (found, of) in one.groups.items()
     )
     p = "one group alone" if one.p is None else p_text(one.p if one.p_adjusted is None else one.p_adjusted)
     return one.by, groups, p
@@ -173,7 +173,7 @@ def shares(share: Share) -> str:
     """Return a share with its interval, in percent."""
     if share.value is None or share.low is None or share.high is None:
         return "–"
-    return f"{100 * share.value:.1f} % ({100 * share.low:.1f} to {100 * share.high:.1f})"
+    return f"{100 * share.value:.1f}% ({100 * share.low:.1f} to {100 * share.high:.1f})"
 
 
 def interval(share: Share) -> str:

@@ -347,7 +347,7 @@ def difference(row: ComparisonRow, units: str = "patches") -> str:
     if row.difference is None:
         return "no value"
     if row.unit == "share":
-        return f"{_signed(f'{100 * row.difference:+.0f}')} % ({_percent(row.low)} to {_percent(row.high)})"
+        return f"{_signed(f'{100 * row.difference:+.0f}')}% ({_percent(row.low)} to {_percent(row.high)})"
     better = "" if row.better is None else f", larger in {100 * row.better:.0f}% of the {units}"
     unit = "" if row.unit in BARE else f" {row.unit}"
     return f"{_signed(f'{row.difference:+.3g}')}{unit} ({number(row.low)} to {number(row.high)}){better}"
