@@ -154,5 +154,5 @@ def test_pythons_are_those_that_nox_knows() -> None:
         for text in PROJECT["classifiers"]
         if text.startswith("Programming Language :: Python :: 3.")
     ]
-    assert said == noxfile.PYTHONS[: len(said)]
+    assert said == [version for version in noxfile.PYTHONS if version in said]
     assert all((ROOT / name).exists() for name in (*noxfile.SHORT, *noxfile.LONGER))
