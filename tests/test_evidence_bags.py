@@ -25,8 +25,8 @@ from tests.evidence_runs import (
 from tests.planted import SIDE_PX
 from tests.runs import SMALL, flags, rows_of
 from wsi_gradcam import audit_run, evidence_run, explain, open_result, validate
-from wsi_gradcam.evidence import NOTHING
-from wsi_gradcam.evidence.findings import Evidence
+from wsi_gradcam.evidence import NOTHING, Spread
+from wsi_gradcam.evidence.findings import Evidence, adds
 from wsi_gradcam.evidence.labels import open_clusters
 from wsi_gradcam.geometry import Region
 
@@ -192,15 +192,33 @@ def test_an_untrained_aggregator_has_no_evidence_worth_sorting(
     assert "slides" in read(tmp_path / "out").learned
 
 
+def test_a_kind_that_takes_the_place_of_another_adds_nothing() -> None:
+    """Of three sites one has a kind that the others do not have: it adds to the evidence, or stands for other kinds."""
+    spread = Spread(
+        by="site",
+        groups={"a": [4, 4], "b": [0, 4], "c": [0, 2]},
+        share={"a": 0.5, "b": 0.0, "c": 0.0},
+        density={"a": 0.2, "b": 0.0, "c": 0.0},
+        p=0.001,
+        p_adjusted=0.001,
+        total={"a": 0.4, "b": 0.2, "c": 0.2},
+        p_total=0.001,
+    )
+    assert adds(spread)
+    assert not adds(spread.model_copy(update={"p_total": 0.2}))
+    assert not adds(spread.model_copy(update={"total": {"a": 0.24, "b": 0.2, "c": 0.2}}))
+    assert adds(spread.model_copy(update={"total": {}, "p_total": None}))  # of patch-level models
+
+
 @pytest.mark.slow
 def test_a_sample_finds_the_same(out: Path, tmp_path: Path) -> None:
-    """Less than half of the patches, more of those that contribute much, stand for all."""
+    """Less than half of the patches are measured, more of those that contribute much; shares are of all."""
     copy = shutil.copytree(out, tmp_path / "copy", ignore=lambda _, names: [n for n in names if n == "evidence"])
     found, known = evidence_run(copy, trust_code=True, places=120, seed=1).evidence, read(out)
     assert found.places < 0.5 * known.places
     ((few,), (all_,)) = found.shortcuts, known.shortcuts
-    assert few.share.value == pytest.approx(all_.share.value, abs=0.05)
-    assert few.area.value == pytest.approx(all_.area.value, abs=0.03)
+    assert few.share.value == pytest.approx(all_.share.value, rel=1e-5)
+    assert few.area.value == pytest.approx(all_.area.value, rel=1e-9)
 
 
 @pytest.mark.slow
@@ -212,9 +230,12 @@ def test_workers_find_the_same(out: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_slide_level_models_are_compared(archive: Path, out: Path, tmp_path: Path) -> None:
-    """The new model looks at markers, which the old one does not know; and has no shortcut."""
+    """The new model looks at markers, to which the old one is blind: for that nuclei look different at site south."""
     explain(archive, slide_model_file(tmp_path, of_nuclei(0)), tmp_path / "old", trust_code=True, **BAGS)
-    assert evidence_run(tmp_path / "old", trust_code=True, **QUICK).evidence.shortcuts == []
+    blind = evidence_run(tmp_path / "old", trust_code=True, **QUICK).evidence
+    assert blind.shortcuts == []
+    (words,) = (one.words for one in blind.findings if one.kind == "uneven")
+    assert words.endswith("it may be tissue that looks different there.")
     new = shutil.copytree(out, tmp_path / "new")
     found = evidence_run(new, trust_code=True, against=tmp_path / "old", overwrite=True, **QUICK).evidence
     assert found.against is not None
@@ -223,7 +244,7 @@ def test_two_slide_level_models_are_compared(archive: Path, out: Path, tmp_path:
     (row,) = (one for one in found.against.rows if one.cluster == marker.number)
     assert row.share.value is not None
     assert row.share_there.value is not None
-    assert row.share.value > 1.5 * row.share_there.value
+    assert row.share.value > row.share_there.value
 
 
 @pytest.mark.slow

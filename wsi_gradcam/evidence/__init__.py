@@ -398,6 +398,13 @@ class Spread(Row):
     ]
     p: Annotated[float | None, Field(description="of the densities, slides permuted; null with one group alone")]
     p_adjusted: Annotated[float | None, Field(description="corrected for all kinds (Holm)")]
+    total: Annotated[
+        dict[str, float],
+        Field(description="of slide-level models: mean contribution of a patch by all kinds of that side, by group"),
+    ] = {}
+    p_total: Annotated[float | None, Field(description="of these, slides permuted; null where they are not told")] = (
+        None
+    )
 
 
 class Covering(Row):
@@ -414,6 +421,24 @@ class Covering(Row):
     difference: Annotated[Share, Field(description="of the two")]
     p: float | None
     p_adjusted: float | None
+
+
+class Finding(Row):
+    """A statement in plain words, the weightiest first."""
+
+    kind: Annotated[Literal["shortcut", "suspect", "evidence", "uneven"], Field(description="what is stated")]
+    cluster: int
+    words: str
+
+
+class TrialRow(Row):
+    """A number of kinds of a side, how stable they are (adjusted Rand index) and how far apart (silhouette)."""
+
+    side: Literal["for", "against"]
+    kinds: int
+    stability: float
+    silhouette: float
+    chosen: bool
 
 
 class AgainstRow(Row):

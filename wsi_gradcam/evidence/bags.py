@@ -24,7 +24,7 @@ from wsi_gradcam.audit.schema import BLUR, GLASS, PEN
 from wsi_gradcam.errors import SlideError, SlideFormatError, one_line
 from wsi_gradcam.evidence import NOTHING, PIECE, PRESENT, EvidenceFolder, drawn_patches
 from wsi_gradcam.evidence.clusters import SHOWN, shown_by
-from wsi_gradcam.evidence.tables import stored_plan
+from wsi_gradcam.evidence.tables import sort_slide, stored_plan
 from wsi_gradcam.mil.attribution import explain_bag
 from wsi_gradcam.mil.networks import Pooled
 from wsi_gradcam.mil.spec import slide_probabilities
@@ -50,6 +50,7 @@ LOG = logging.getLogger("wsi_gradcam")
 ROWS = 1024  # whose stored coefficients are in memory at once
 ELSEWHERE = 8  # equal areas elsewhere, of each kind on a slide
 ENLARGED = 0.9  # of the slide's pixels are those of patches that were enlarged
+WHOLE = "whole"  # in sums of all patches of a slide
 AROUND = 3  # sides of a patch that its surroundings are wide
 
 
@@ -214,6 +215,36 @@ def sort_bag(context: Context[Any], entry: SlideEntry) -> Processed:
     return Processed(count, 0, 0.0, time.perf_counter() - started)
 
 
+def sort_whole(context: Context[Any], entry: SlideEntry) -> None:
+    """Write what kinds are on a slide, as `sort_slide`; sums are those of all its patches, and not of the sample."""
+    sort_slide(context, entry)
+    plan: EvidencePlan = context.workload.plan
+    folder = EvidenceFolder(plan.run.out / EVIDENCE)
+    place = folder.batch(entry.id, plan.sums_digest, 0)
+    arrays = read_arrays(place)
+    if len(arrays["unit/area"]) == 1 and not plan.shares[entry.id].like and WHOLE not in arrays:
+        cells = read_arrays(folder.batch(entry.id, plan.cells_digest, 0))
+        write_arrays(place, exact_sums(arrays, cells, plan.shares[entry.id].stands_for))
+
+
+def exact_sums(arrays: Arrays, cells: Arrays, stands_for: float) -> Arrays:
+    """Return the sums of a slide's sample as those of all its patches; what lies on something keeps its share.
+
+    Args:
+        cells: what was found of all patches.
+        stands_for: how many slides this one stands for.
+    """
+    values, own = cells["cells/values"], np.abs(cells["cells/sums"]).sum(axis=0, dtype=np.float64) * stands_for
+    mass = np.array([values[values > 0].sum(), -values[values < 0].sum()]) * stands_for
+    area = np.bincount(cells["cells/kinds"].ravel(), minlength=NOTHING + 1)[1 : len(own) + 1] * stands_for
+    known = arrays["unit/own_mass"][0]
+    factor = np.divide(own, known, out=np.zeros_like(own), where=known > 0)
+    found = {name: sums * factor if name.startswith("kind/") else sums for name, sums in arrays.items()}
+    sums = {"mass": mass, "area": len(values) * stands_for, "own_mass": own, "own_area": area}
+    found |= {f"unit/{name}": np.array([value], np.float64) for name, value in sums.items()}
+    return found | {WHOLE: np.ones(1, np.bool_)}
+
+
 def show_bag(context: Context[Any], entry: SlideEntry, number: int) -> Processed:
     """Take kinds out of a slide's bag, take pictures of its examples, and store both, unless that was done."""
     plan: EvidencePlan = context.workload.plan
@@ -306,4 +337,5 @@ def _pictures(slide: Slide, plan: SlidePlan, yx: tuple[int, int]) -> tuple[NDArr
 
 MEASURE_BAG = Stage("evidence", measure_bag)
 SORT_BAG = Stage("sort", sort_bag)
+SORT_WHOLE = Stage("tables", sort_whole)
 SHOW_BAG = Stage("remove", show_bag)

@@ -17,7 +17,7 @@ from pydantic import Field
 from wsi_gradcam.audit.findings import ALPHA, capitalised, percent
 from wsi_gradcam.audit.measurements import FEWEST_SLIDES, Estimate, compare, estimate, holm, permutation_p
 from wsi_gradcam.audit.schema import Unit
-from wsi_gradcam.evidence import COLOURS, PRESENT, Against, Covering, Row, Share, Spread
+from wsi_gradcam.evidence import COLOURS, PRESENT, Against, Covering, Finding, Row, Share, Spread, TrialRow
 from wsi_gradcam.evidence.clusters import SIDES, Side
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     Floats = NDArray[np.float64]
 
 MUCH_MORE = 3.0  # a kind must be this many times denser in one group than in the others to be reported
+ADDED = 0.25  # of what a kind contributes more in one group: all kinds together must add this (slide-level models)
 ON_SUSPECT = 0.5  # of a kind's evidence on ink, glass, blur, the border, or what is given: reported from here on
 WORTH_TELLING = 0.05  # of the evidence, on such things, where covering it does not show that it matters
 FACTORS = ("site", "scanner", "label")
@@ -63,24 +64,6 @@ class KindRow(Row):
     spread: list[Spread]
     covering: Covering | None
     shortcut: bool
-
-
-class Finding(Row):
-    """A statement in plain words, the weightiest first."""
-
-    kind: Annotated[Literal["shortcut", "suspect", "evidence", "uneven"], Field(description="what is stated")]
-    cluster: int
-    words: str
-
-
-class TrialRow(Row):
-    """A number of kinds of a side, how stable they are (adjusted Rand index) and how far apart (silhouette)."""
-
-    side: Side
-    kinds: int
-    stability: float
-    silhouette: float
-    chosen: bool
 
 
 class Evidence(Row):
@@ -231,7 +214,7 @@ def _judged(
     if covering is not None:
         covering = covering.model_copy(update={"p_adjusted": of_covering.get(number)})
     row = row.model_copy(update={"spread": spread, "covering": covering})
-    return row.model_copy(update={"shortcut": bool(uneven(row)) and matters(row)})
+    return row.model_copy(update={"shortcut": any(adds(one) for one in uneven(row)) and matters(row)})
 
 
 def uneven(row: KindRow, by: Sequence[str] = ("site", "scanner")) -> list[Spread]:
@@ -245,10 +228,28 @@ def uneven(row: KindRow, by: Sequence[str] = ("site", "scanner")) -> list[Spread
 
 def times_more(spread: Spread) -> float:
     """Return how many times larger the density is in the group where it is largest than in the others together."""
+    first, rest = _first_and_rest(spread, spread.density)
+    return first / rest if rest > 0 else float("inf")
+
+
+def _first_and_rest(spread: Spread, values: Mapping[str, float]) -> tuple[float, float]:
+    """Return a mean of the group in which a kind is densest, and that of all slides of the others."""
     first = max(spread.density, key=lambda name: spread.density[name])
     others = {name: of for name, (_, of) in spread.groups.items() if name != first}
-    rest = sum(spread.density[name] * of for name, of in others.items()) / sum(others.values())
-    return spread.density[first] / rest if rest > 0 else float("inf")
+    return values[first], sum(values[name] * of for name, of in others.items()) / sum(others.values())
+
+
+def adds(spread: Spread) -> bool:
+    """Return whether there is more evidence in all where a kind is dense: else it may take the place of another.
+
+    Patches hold more than one thing: the same tissue that looks different at a site is a kind of its own there, and
+    without it the answer falls; but then other sites have as much evidence of the kind that they have instead. Cells of
+    a patch-level model are not asked.
+    """
+    if not spread.total:
+        return True
+    (dense, less), (whole, rest) = (_first_and_rest(spread, values) for values in (spread.density, spread.total))
+    return spread.p_total is not None and spread.p_total <= ALPHA and whole - rest >= ADDED * (dense - less)
 
 
 def matters(row: KindRow) -> bool:
@@ -264,6 +265,7 @@ def _row(sums: Tally, number: int, side: Side, covered: Covered | None, facts: F
     share = _share(own_mass, mass, sums.slides, facts.seed)
     of_area = _share(own_area, sums.area, sums.slides, facts.seed)
     of_slide, density = _by_slide(own_mass, mass, sums.slides), _by_slide(own_mass, sums.area, sums.slides)
+    whole = _by_slide(mass, sums.area, sums.slides) if facts.level == "slide" else {}
     total = float(own_mass.sum())
     probability = sums.probability[number] / total if total > 0 else np.nan
     return KindRow(
@@ -282,7 +284,7 @@ def _row(sums: Tally, number: int, side: Side, covered: Covered | None, facts: F
         regions=_on(sums, "region", number),
         annotations=_on(sums, "annotation", number),
         marks=_on(sums, "mark", number),
-        spread=[one for by in FACTORS if (one := _spread(of_slide, density, by, facts)) is not None],
+        spread=[one for by in FACTORS if (one := _spread(of_slide, density, whole, by, facts)) is not None],
         covering=None if covered is None else _covering(covered, facts),
         shortcut=False,
     )
@@ -334,13 +336,20 @@ def _by_slide(part: Floats, whole: Floats, slides: NDArray[np.str_]) -> dict[str
     return {name: float(p / w) for name, p, w in zip(names.tolist(), *sums, strict=True) if w > 0}
 
 
-def _spread(of_slide: Mapping[str, float], density: Mapping[str, float], by: str, facts: Facts) -> Spread | None:
-    """Return how a kind is spread over groups of slides; None if the list of slides states no groups."""
+def _spread(
+    of_slide: Mapping[str, float], density: Mapping[str, float], whole: Mapping[str, float], by: str, facts: Facts
+) -> Spread | None:
+    """Return how a kind is spread over groups of slides; None if the list of slides states no groups.
+
+    Args:
+        of_slide, density: its share of each slide's evidence, and what it contributes per place.
+        whole: what all kinds of its side contribute; empty if that is not compared.
+    """
     known = {name: group for name, group in facts.groups.get(by, {}).items() if name in of_slide}
     if not known:
         return None
     share, dense = (np.array([of[name] for name in known]) for of in (of_slide, density))
-    group = np.array(list(known.values()))
+    group, total = np.array(list(known.values())), np.array([whole.get(name, 0.0) for name in known])
     strata = None
     if by != "label":
         labels = facts.groups.get("label", {})
@@ -355,6 +364,8 @@ def _spread(of_slide: Mapping[str, float], density: Mapping[str, float], by: str
         density={str(name): float(dense[group == name].mean()) for name in np.unique(group)},
         p=permutation_p(dense, group, facts.seed, strata),
         p_adjusted=None,
+        total={str(name): float(total[group == name].mean()) for name in np.unique(group)} if whole else {},
+        p_total=permutation_p(total, group, facts.seed, strata) if whole else None,
     )
 
 
@@ -452,7 +463,13 @@ def _evidence_words(row: KindRow, target: str, level: Unit) -> str:
 
 
 def _uneven_words(row: KindRow, spread: Spread) -> str:
-    return f"{capitalised(called(row))} is spread unevenly: {_where(row, spread)}."
+    words = f"{capitalised(called(row))} is spread unevenly: {_where(row, spread)}."
+    if adds(spread) or not matters(row):
+        return words
+    return (
+        f"{words} Without it the answer changes, but slides that have it do not have more evidence in all: it may be "
+        "tissue that looks different there."
+    )
 
 
 def _where(row: KindRow, spread: Spread) -> str:

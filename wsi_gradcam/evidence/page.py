@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from wsi_gradcam.audit.plan import Arrays
-    from wsi_gradcam.evidence import AgainstRow, Covering, Share, Spread
+    from wsi_gradcam.evidence import AgainstRow, Covering, Share, Spread, TrialRow
     from wsi_gradcam.evidence.clusters import Side
-    from wsi_gradcam.evidence.findings import Evidence, KindRow, TrialRow
+    from wsi_gradcam.evidence.findings import Evidence, KindRow
     from wsi_gradcam.io.paths import StoragePath
 
 OUTLINE = (20, 20, 20), (255, 225, 60)  # dark beside bright: visible on any tissue

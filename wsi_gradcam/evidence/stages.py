@@ -29,7 +29,7 @@ from wsi_gradcam.evidence import (
     EvidencePlan,
     drawn_patches,
 )
-from wsi_gradcam.evidence.bags import MEASURE_BAG, SHOW_BAG, SORT_BAG
+from wsi_gradcam.evidence.bags import MEASURE_BAG, SHOW_BAG, SORT_BAG, SORT_WHOLE
 from wsi_gradcam.evidence.clusters import SHOWN, shown_by
 from wsi_gradcam.evidence.comparing import compare_slide
 from wsi_gradcam.evidence.tables import draw_cells, draw_slide, sort_slide, stored_plan
@@ -239,7 +239,7 @@ class EvidenceWorkload:
             cells = [] if self.plan.settings.skip_labels else [Task(CELLS, slide, index) for index in pieces]
             cells = [Task(SORT_BAG, slide)] if whole else cells
             compared = [Task(COMPARE, slide)] if self.plan.against[0] else []
-            return measuring_job(slide, [cells, [Task(SORT, slide)], compared])
+            return measuring_job(slide, [cells, [Task(SORT_WHOLE if whole else SORT, slide)], compared])
         return measuring_job(slide, [[Task(SHOW_BAG if whole else SHOW, slide, index) for index in pieces]])
 
 
