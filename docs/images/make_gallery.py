@@ -30,7 +30,7 @@ from wsi_gradcam.slides.resample import read_region
 HERE = Path(__file__).parent
 METHODS = ("gradcam", "layercam", "eigencam", "gradient", "integrated_gradients", "guided_backprop")
 PATCH_PX, MPP = 256, 0.5
-FIELD = (320, 256, 768, 768)  # y, x, height, width in level-0 px: a border of the tumour in the first piece
+FIELD = (320, 640, 768, 768)  # y, x, height, width in level-0 px: a border of the tumour in the first piece
 HIGHEST = 4.0  # logits, of the colours of all maps in logits
 
 
@@ -145,7 +145,7 @@ def add_colour_bar(figure: Figure, axes: NDArray[np.object_]) -> None:
 
 
 def save(figure: Figure, axes: Sequence[Axes] | NDArray[np.object_], name: str) -> None:
-    """Write a figure without ticks, in 128 colours."""
+    """Write a figure without ticks, in 256 colours."""
     for axis in axes:
         axis.set_axis_off()
     figure.savefig(HERE / name, dpi=100, bbox_inches="tight")
@@ -154,10 +154,10 @@ def save(figure: Figure, axes: Sequence[Axes] | NDArray[np.object_], name: str) 
 
 
 def keep(picture: Image.Image, name: str, wide: int) -> None:
-    """Write a picture no wider than `wide` px, in 128 colours: a third of the bytes."""
+    """Write a picture no wider than `wide` px, in 256 colours: a third of the bytes."""
     picture = picture.convert("RGB")
     picture.thumbnail((wide, wide))
-    picture.quantize(128).save(HERE / name, optimize=True)
+    picture.quantize(256).save(HERE / name, optimize=True)
 
 
 if __name__ == "__main__":
