@@ -341,7 +341,7 @@ def test_a_cluster_is_named_in_two_windows(open_page: Callable[..., Page], out: 
         check(page, "small-named")
         other.locator("#cluster-name").fill("ink")
         other.locator("#name-cluster").click()
-        expect(other.locator("#name-problem")).to_contain_text("It is called “Green squares” by now")
+        expect(other.locator("#name-problem")).to_contain_text("It is called “Green squares” now")
         check(other, "small-name-problem")
         other.locator("#name-cluster").click()  # knowing that
         expect(other.locator(".cluster-title")).to_contain_text("ink")

@@ -303,7 +303,7 @@ def _examples(context: Context[Any], entry: SlideEntry, slide_plan: SlidePlan, s
     try:
         with context.slide(entry) as slide:
             if slide.info.digest != slide_plan.slide_digest:
-                raise SlideFormatError(f"{entry.path}: another file than was explained; put the right one there")
+                raise SlideFormatError(f"{entry.path}: not the file that was explained; put the right one there")
             pictures = [_pictures(slide, slide_plan, shown[i].yx) for i in examples]
     except SlideError as error:
         LOG.warning("%s: the report has no pictures of it: %s", entry.id, one_line(error))

@@ -480,8 +480,11 @@ def _where(row: KindRow, spread: Spread) -> str:
         found, of = spread.groups[name]
         return f"it occurs on slides of {spread.by} {name} only ({found} of {of})"
     first = max(spread.density, key=lambda name: spread.density[name])
-    others = ", ".join(f"{percent(v)} on {name}" for name, v in spread.share.items() if name != first)
-    return f"on slides of {spread.by} {first} it is {percent(spread.share[first])} of the evidence, {others}"
+    times = times_more(spread)
+    more = f"{times:.2g} times as much" if np.isfinite(times) else "many times as much"
+    shares = f"{percent(spread.share[first])} of the evidence; "
+    shares += ", ".join(f"{percent(v)} on {name}" for name, v in spread.share.items() if name != first)
+    return f"on slides of {spread.by} {first} a patch has {more} of it as on others ({shares})"
 
 
 def _effect(row: KindRow) -> str:

@@ -366,7 +366,7 @@ def _read(
     rgb, readable = [], np.ones(len(yx), np.bool_)
     with context.slide(entry) as slide:
         if slide.info.digest != slide_plan.slide_digest:
-            raise SlideFormatError(f"{entry.path}: another file than was explained; put the right one there")
+            raise SlideFormatError(f"{entry.path}: not the file that was explained; put the right one there")
         for i, (y, x) in enumerate(yx):
             try:
                 rgb.append(read_region(slide, y, x, *run.patch_px, mpp))

@@ -387,7 +387,7 @@ class Viewer:
 
     async def _sent(self, request: Request) -> dict[str, Any]:
         if self._read_only:
-            raise MarkError("this viewer was started with --read-only; start it without to mark and to name")
+            raise MarkError("this viewer was started with --read-only; start it without that to mark and name")
         return await sent_json(request)
 
     async def values(self, request: Request) -> Response:

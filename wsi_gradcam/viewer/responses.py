@@ -107,7 +107,7 @@ async def sent_json(request: Request) -> dict[str, Any]:
         async for part in request.stream():
             data += part
             if len(data) > MAX_LINE:
-                raise MarkError(f"what is sent has up to {MAX_LINE >> 10} KiB")
+                raise MarkError(f"a request may be at most {MAX_LINE >> 10} KiB long")
     if scope.cancelled_caught:
         raise MarkError(f"marks and names are sent within {BODY_S:g} s")
     try:

@@ -85,7 +85,7 @@ export class Evidence {
       `${counted(places, "place")} of ${counted(slides, "slide")}, sorted by what in them speaks for or against ` +
       `${target}: ${counted(clusters.length, "cluster")}. `,
       element("a", { href: report.slice(1), target: "_blank", rel: "noopener" }, "Report with all numbers"),
-      canName ? ". A cluster can be named on its own page (F2 there); the report and exports take names over when the command is run again."
+      canName ? ". A cluster can be named on its own page (F2 there); names appear in the report and exports when the command is run again."
         : ".");
   }
 
@@ -165,9 +165,9 @@ export class Evidence {
       const found = await server.nameCluster({ cluster: cluster.number, name, was: field.was, state: this.facts.state });
       if (!found.kept) {
         field.was = found.name;
-        throw new Error(`It is called ${found.name ? `“${found.name}”` : "nothing"} by now; save again to rename it.`);
+        throw new Error(`It is called ${found.name ? `“${found.name}”` : "nothing"} now; save again to rename it.`);
       }
-      say(name ? `Cluster ${cluster.number} is called ${name}` : `Cluster ${cluster.number} has no name now`);
+      say(name ? `Cluster ${cluster.number} is called ${name}` : `Cluster ${cluster.number} no longer has a name`);
       field.blur();
       await this.show(cluster.number);
       find("name-cluster")?.focus();
