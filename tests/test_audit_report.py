@@ -212,8 +212,7 @@ def test_numbers_have_a_minus_sign_and_no_minus_zero() -> None:
     row = estimate_row("locality", WORTH, -0.25, method="gradcam")
     assert value(row) == "−0.25 (−0.35 to −0.15)"
     assert (
-        value(row.model_copy(update={"unit": "share", "value": -0.001, "low": -0.2, "high": 0.0}))
-        == "0% (−20% to 0%)"
+        value(row.model_copy(update={"unit": "share", "value": -0.001, "low": -0.2, "high": 0.0})) == "0% (−20% to 0%)"
     )
     assert value(row.model_copy(update={"low": None})) == "−0.25"
     change = comparison_row("jpeg", "noise")
