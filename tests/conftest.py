@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ from wsi_gradcam.system.processes import make_sums_deterministic
 # A busy machine is no failure; and CI shall not find a new example in an unrelated change.
 settings.register_profile("project", deadline=None, derandomize=bool(os.environ.get("CI")))
 settings.load_profile("project")
+
+# A shell lets what it starts in the background ignore Ctrl-C, and so would the commands that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before anything uses torch: runs in this process are compared with runs in fresh ones, bit by bit.
 make_sums_deterministic()

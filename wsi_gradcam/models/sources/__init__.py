@@ -348,32 +348,40 @@ def _read(path: Path) -> Any:
 MAX_PICKLE = 8 << 20  # bytes of the names and descriptions of tensors; 10,000 of them take one MiB
 ZIP = b"PK\x03\x04"
 WITH_ROOM = "holds a bytearray, which is not a tensor"
+# What zipfile raises where an archive is damaged; RuntimeError where an entry is said to be encrypted.
+UNREADABLE = (zipfile.BadZipFile, NotImplementedError, KeyError, ValueError, EOFError, RuntimeError, zlib.error)
 ROOM = b"bytearray"  # the only thing besides tensors from which torch's restricted unpickler makes any number of bytes
 
 
 def saved_problem(path: Path, most: int = MAX_PICKLE) -> str:
-    """Return why a PyTorch file claims more than it contains; "" if it does not, or is damaged.
+    """Return why torch may not read a file: it claims more than it contains, or is a damaged archive; else "".
 
-    `torch.save` does not compress, and its description of the tensors is short: at most `most` bytes.
+    `torch.save` does not compress, and its description of the tensors is short: at most `most` bytes. An archive that
+    cannot be looked into is refused, because torch might read more of it.
     """
-    with suppress(zipfile.BadZipFile, NotImplementedError, KeyError, zlib.error), path.open("rb") as file:
-        if file.read(len(ZIP)) != ZIP:  # torch, too, distinguishes the formats by this; the older one is a pickle
+    try:
+        with path.open("rb") as file:
+            if file.read(len(ZIP)) == ZIP:  # torch, too, distinguishes the formats by this; the older one is a pickle
+                return _archive_problem(file, path.stat().st_size, most)
             return WITH_ROOM if _finds_room(file) else ""
-        try:
-            archive = open_zip(file)
-        except LongZipError as error:
-            return f"not a tensor as torch.save writes it: it {error}"
-        with archive:
-            entries = archive.infolist()
-            packed = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
-            if packed or sum(e.file_size for e in entries) > path.stat().st_size:
-                return "not a tensor as torch.save writes it: it is compressed, or a part occurs twice"
-            pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
-            if any(entry.file_size > most for entry in pickles):
-                return f"not a tensor as torch.save writes it: its description has more than {most:,} bytes"
-            if any(ROOM in archive.read(entry) for entry in pickles):
-                return WITH_ROOM
-    return ""
+    except UNREADABLE as error:
+        return f"damaged: it cannot be unpacked ({one_line(error)[:200] or type(error).__name__})"
+
+
+def _archive_problem(file: BinaryIO, size: int, most: int) -> str:
+    try:
+        archive = open_zip(file)
+    except LongZipError as error:
+        return f"not a tensor as torch.save writes it: it {error}"
+    with archive:
+        entries = archive.infolist()
+        packed = any(e.compress_type != zipfile.ZIP_STORED or e.file_size != e.compress_size for e in entries)
+        if packed or sum(e.file_size for e in entries) > size:
+            return "not a tensor as torch.save writes it: it is compressed, or a part occurs twice"
+        pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+        if any(entry.file_size > most for entry in pickles):
+            return f"not a tensor as torch.save writes it: its description has more than {most:,} bytes"
+        return WITH_ROOM if any(ROOM in archive.read(entry) for entry in pickles) else ""
 
 
 def _finds_room(file: BinaryIO) -> bool:
