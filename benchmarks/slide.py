@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -42,7 +43,6 @@ from skimage.data import immunohistochemistry
 sys.path.insert(0, os.environ.get("WSI_GRADCAM_BENCHMARKED", str(Path(__file__).parents[1])))
 from tests.synthetic import write_gigapixel_slide
 from wsi_gradcam.cam.explainer import Explainer
-from wsi_gradcam.executors import SerialExecutor
 from wsi_gradcam.inputs.find import SlideEntry, find_slides
 from wsi_gradcam.io.paths import storage_path
 from wsi_gradcam.models.spec import ModelSpec
@@ -58,8 +58,10 @@ from wsi_gradcam.slides import read_region
 from wsi_gradcam.slides.patch_reader import PatchReader, open_entry
 
 try:
+    from wsi_gradcam.executors import SerialExecutor
     from wsi_gradcam.slides import triangle_filter
 except ImportError:  # an older checkout
+    SerialExecutor = import_module("wsi_gradcam.executors.serial").SerialExecutor  # type: ignore[misc]
     triangle_filter = None  # type: ignore[assignment]
 
 MPP = 0.25
