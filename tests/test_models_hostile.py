@@ -18,6 +18,8 @@ from safetensors.torch import save_file
 
 from tests.cli_runs import Run, run  # noqa: F401 - a fixture
 from tests.runs import toy_values
+from tests.test_models_load import refused, save, spec
+from tests.toy_models import pooled_linear
 from wsi_gradcam.errors import MAX_MESSAGE, ConfigError, ModelError, StoreError, WsiGradcamError
 from wsi_gradcam.io.documents import read_yaml, to_yaml
 from wsi_gradcam.models.load import load_model
@@ -243,3 +245,17 @@ def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -
 
 def test_the_bound_of_a_patch_is_what_fits(tmp_path: Path) -> None:
     assert 2 * 3 * 4 * MAX_SIDE_PX**2 < 2 << 30  # two pictures of it are what is tried first
+
+
+def test_an_archive_that_cannot_be_looked_into_is_not_given_to_torch(tmp_path: Path) -> None:
+    """The description's own header disagrees with the directory, by which torch finds it."""
+    path = save(tmp_path / "w.pt", pooled_linear().state_dict())
+    raw = bytearray(path.read_bytes())
+    name = raw.index(b"data.pkl")
+    header = raw.rindex(b"PK\x03\x04", 0, name)
+    raw[header + 7] |= 0x08  # names are UTF-8
+    raw[name] = 0x80
+    path.write_bytes(raw)
+    message = refused(spec(tmp_path, weights="w.pt"))
+    assert str(path) in message
+    assert "damaged: it cannot be unpacked" in message

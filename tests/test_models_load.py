@@ -176,20 +176,6 @@ def test_a_damaged_file_is_a_model_error_and_nothing_else(
     assert str(path) in message
 
 
-def test_an_archive_that_cannot_be_looked_into_is_not_given_to_torch(state: State, tmp_path: Path) -> None:
-    """The description's own header disagrees with the directory, by which torch finds it."""
-    path = save(tmp_path / "w.pt", state)
-    raw = bytearray(path.read_bytes())
-    name = raw.index(b"data.pkl")
-    header = raw.rindex(b"PK\x03\x04", 0, name)
-    raw[header + 7] |= 0x08  # names are UTF-8
-    raw[name] = 0x80
-    path.write_bytes(raw)
-    message = refused(spec(tmp_path, weights="w.pt"))
-    assert str(path) in message
-    assert "damaged: it cannot be unpacked" in message
-
-
 def test_the_checksum_is_checked(state: State, tmp_path: Path) -> None:
     path = save(tmp_path / "w.safetensors", state)
     true = hashlib.sha256(path.read_bytes()).hexdigest()
